@@ -1,0 +1,2 @@
+//! The laptop side of rrun.
+fn main() {}
