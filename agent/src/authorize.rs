@@ -12,12 +12,12 @@ use std::{
 
 use axum::http::{HeaderMap, StatusCode, header::CONTENT_ENCODING};
 use rrun_protocol::{
-    Authorization, BootId, Digest, MAX_CLOCK_SKEW, MAX_NONCES, Nonce, PROTOCOL_VERSION, PublicKey, Refusal,
-    SIGNATURE_HEADER, SignatureError,
+    Authorization, BootId, Digest, MAX_CLOCK_SKEW, MAX_NONCES, Nonce, PROTOCOL_VERSION, PublicKey,
+    Refusal, SIGNATURE_HEADER, SignatureError,
 };
 
 /// Checks every request's signature. One for the agent's life.
-pub struct Gate {
+pub(crate) struct Gate {
     keys: Vec<PublicKey>,
     boot: BootId,
     nonces: Mutex<Nonces>,
@@ -25,7 +25,7 @@ pub struct Gate {
 
 /// Who signed a request, and for which body.
 #[derive(Clone, Debug)]
-pub struct Signer {
+pub(crate) struct Signer {
     /// The key's comment, which names the person; the key's id where there is none.
     pub name: String,
     /// Digest that the body has to have.
@@ -34,56 +34,91 @@ pub struct Signer {
 
 impl Gate {
     /// A gate for the owners of `keys`.
-    pub fn new(keys: Vec<PublicKey>, boot: BootId) -> Self {
-        Self { keys, boot, nonces: Mutex::default() }
-    }
-
-    /// The boot id that signatures have to name.
-    pub fn boot(&self) -> BootId {
-        self.boot
+    pub(crate) fn new(keys: Vec<PublicKey>, boot: BootId) -> Self {
+        Self {
+            keys,
+            boot,
+            nonces: Mutex::default(),
+        }
     }
 
     /// Lets a request through or says why not. `path_and_query` is raw, as in the request line.
-    pub fn check(&self, method: &str, path_and_query: &str, headers: &HeaderMap) -> Result<Signer, (StatusCode, Refusal)> {
+    pub(crate) fn check(
+        &self,
+        method: &str,
+        path_and_query: &str,
+        headers: &HeaderMap,
+    ) -> Result<Signer, (StatusCode, Refusal)> {
         let now = seconds_since_1970();
         let refuse = |error: &str| (StatusCode::UNAUTHORIZED, self.refusal(error, now));
         let mut signatures = headers.get_all(SIGNATURE_HEADER).iter();
         let (Some(header), None) = (signatures.next(), signatures.next()) else {
             return Err(refuse("the request is not signed"));
         };
-        let text = header.to_str().map_err(|_| refuse("the signature header is malformed"))?;
+        let text = header
+            .to_str()
+            .map_err(|_| refuse("the signature header is malformed"))?;
         let authorization: Authorization = text.parse().map_err(|error| match error {
-            SignatureError::Version { client } => (StatusCode::UPGRADE_REQUIRED, other_version(client)),
+            SignatureError::Version { client } => {
+                (StatusCode::UPGRADE_REQUIRED, other_version(client))
+            }
             error => refuse(&error.to_string()),
         })?;
         let key = self.keys.iter().find(|key| key.id() == authorization.key);
         let key = key.ok_or_else(|| {
             let mut refusal = self.refusal("the key is not among the agent's authorized keys", now);
-            refusal.hint = Some("add the line that `rrun key` prints to RRUN_AUTHORIZED_KEYS".to_owned());
+            refusal.hint =
+                Some("add the line that `rrun key` prints to RRUN_AUTHORIZED_KEYS".to_owned());
             (StatusCode::UNAUTHORIZED, refusal)
         })?;
-        let encoding = headers.get(CONTENT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        authorization.verify(key, method, path_and_query, encoding).map_err(|error| refuse(&error.to_string()))?;
+        let encoding = headers
+            .get(CONTENT_ENCODING)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        authorization
+            .verify(key, method, path_and_query, encoding)
+            .map_err(|error| refuse(&error.to_string()))?;
         if authorization.boot != self.boot {
             return Err(refuse("the signature is for another boot of the agent"));
         }
         if authorization.time.abs_diff(now) > MAX_CLOCK_SKEW.as_secs() {
-            return Err(refuse("the signature's time is too far from the agent's clock"));
+            return Err(refuse(
+                "the signature's time is too far from the agent's clock",
+            ));
         }
         let mut nonces = self.nonces.lock().unwrap_or_else(PoisonError::into_inner);
-        nonces.take(authorization.nonce, authorization.time, now).map_err(refuse)?;
-        let name = if key.comment().is_empty() { key.id().to_string() } else { key.comment().to_owned() };
-        Ok(Signer { name, body: authorization.body })
+        nonces
+            .take(authorization.nonce, authorization.time, now)
+            .map_err(refuse)?;
+        let name = if key.comment().is_empty() {
+            key.id().to_string()
+        } else {
+            key.comment().to_owned()
+        };
+        Ok(Signer {
+            name,
+            body: authorization.body,
+        })
     }
 
     fn refusal(&self, error: &str, now: u64) -> Refusal {
         let (boot, time) = (Some(self.boot), Some(now));
-        Refusal { error: error.to_owned(), hint: None, boot, time, tree: None }
+        Refusal {
+            error: error.to_owned(),
+            hint: None,
+            boot,
+            time,
+            tree: None,
+        }
     }
 }
 
 fn other_version(client: u32) -> Refusal {
-    let older = if client < PROTOCOL_VERSION { "update rrun on the laptop" } else { "deploy the agent again" };
+    let older = if client < PROTOCOL_VERSION {
+        "update rrun on the laptop"
+    } else {
+        "deploy the agent again"
+    };
     Refusal {
         error: SignatureError::Version { client }.to_string(),
         hint: Some(format!("{older}, so that both are of one version")),
@@ -108,14 +143,18 @@ impl Nonces {
         if self.0.len() >= MAX_NONCES {
             return Err("too many requests within ten minutes");
         }
-        self.0.insert(nonce, time.saturating_add(MAX_CLOCK_SKEW.as_secs()));
+        self.0
+            .insert(nonce, time.saturating_add(MAX_CLOCK_SKEW.as_secs()));
         Ok(())
     }
 }
 
 /// The agent's clock as signatures use it.
-pub fn seconds_since_1970() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+pub(crate) fn seconds_since_1970() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
+        .as_secs()
 }
 
 #[cfg(test)]
@@ -136,18 +175,35 @@ mod tests {
 
     impl Default for Request {
         fn default() -> Self {
-            Self { key: 1, path: PATH, time: seconds_since_1970(), nonce: 1, boot: 1 }
+            Self {
+                key: 1,
+                path: PATH,
+                time: seconds_since_1970(),
+                nonce: 1,
+                boot: 1,
+            }
         }
     }
 
     fn gate() -> Gate {
-        Gate::new(vec![PrivateKey::from_seed(&[1; 32]).public_key("ann")], BootId::from_random([1; 9]))
+        Gate::new(
+            vec![PrivateKey::from_seed(&[1; 32]).public_key("ann")],
+            BootId::from_random([1; 9]),
+        )
     }
 
     fn check(gate: &Gate, request: &Request) -> Result<Signer, (StatusCode, Refusal)> {
-        let signed = SignedRequest { method: "GET", path_and_query: request.path, content_encoding: "", body: Digest::of(b"") };
+        let signed = SignedRequest {
+            method: "GET",
+            path_and_query: request.path,
+            content_encoding: "",
+            body: Digest::of(b""),
+        };
         let key = PrivateKey::from_seed(&[request.key; 32]);
-        let (nonce, boot) = (Nonce::from_random([request.nonce; 12]), BootId::from_random([request.boot; 9]));
+        let (nonce, boot) = (
+            Nonce::from_random([request.nonce; 12]),
+            BootId::from_random([request.boot; 9]),
+        );
         let text = Authorization::sign(&key, &signed, request.time, nonce, boot).to_string();
         let mut headers = HeaderMap::new();
         headers.insert(SIGNATURE_HEADER, HeaderValue::from_str(&text).unwrap());
@@ -159,8 +215,18 @@ mod tests {
         let gate = gate();
         assert_eq!(check(&gate, &Request::default()).unwrap().name, "ann");
         let (status, refusal) = check(&gate, &Request::default()).unwrap_err();
-        assert_eq!((status, refusal.error.as_str()), (StatusCode::UNAUTHORIZED, "the request was sent before"));
-        check(&gate, &Request { nonce: 2, ..Request::default() }).unwrap();
+        assert_eq!(
+            (status, refusal.error.as_str()),
+            (StatusCode::UNAUTHORIZED, "the request was sent before")
+        );
+        check(
+            &gate,
+            &Request {
+                nonce: 2,
+                ..Request::default()
+            },
+        )
+        .unwrap();
     }
 
     #[test]
@@ -168,17 +234,47 @@ mod tests {
         let now = seconds_since_1970();
         let skew = MAX_CLOCK_SKEW.as_secs();
         for (request, part) in [
-            (Request { key: 2, ..Request::default() }, "authorized keys"),
-            (Request { path: "/_rrun/tree", ..Request::default() }, "does not fit"),
-            (Request { time: now - skew - 5, ..Request::default() }, "too far"),
-            (Request { time: now + skew + 5, ..Request::default() }, "too far"),
-            (Request { boot: 2, ..Request::default() }, "another boot"),
+            (
+                Request {
+                    key: 2,
+                    ..Request::default()
+                },
+                "authorized keys",
+            ),
+            (
+                Request {
+                    path: "/_rrun/tree",
+                    ..Request::default()
+                },
+                "does not fit",
+            ),
+            (
+                Request {
+                    time: now - skew - 5,
+                    ..Request::default()
+                },
+                "too far",
+            ),
+            (
+                Request {
+                    time: now + skew + 5,
+                    ..Request::default()
+                },
+                "too far",
+            ),
+            (
+                Request {
+                    boot: 2,
+                    ..Request::default()
+                },
+                "another boot",
+            ),
         ] {
             let gate = gate();
             let (status, refusal) = check(&gate, &request).unwrap_err();
             assert_eq!(status, StatusCode::UNAUTHORIZED);
             assert!(refusal.error.contains(part), "{}", refusal.error);
-            assert_eq!(refusal.boot, Some(gate.boot()));
+            assert_eq!(refusal.boot, Some(gate.boot));
             assert!(refusal.time.unwrap().abs_diff(now) <= 1);
             // What is refused uses up no nonce.
             check(&gate, &Request::default()).unwrap();
@@ -190,10 +286,15 @@ mod tests {
     #[test]
     fn another_protocol_version_is_named_with_what_to_do() {
         let mut headers = HeaderMap::new();
-        headers.insert(SIGNATURE_HEADER, HeaderValue::from_static("999 a b c d e f"));
+        headers.insert(
+            SIGNATURE_HEADER,
+            HeaderValue::from_static("999 a b c d e f"),
+        );
         let (status, refusal) = gate().check("GET", PATH, &headers).unwrap_err();
         assert_eq!(status, StatusCode::UPGRADE_REQUIRED);
-        assert!(refusal.error.contains("999") && refusal.hint.unwrap().contains("deploy the agent"));
+        assert!(
+            refusal.error.contains("999") && refusal.hint.unwrap().contains("deploy the agent")
+        );
     }
 
     #[test]
@@ -204,9 +305,15 @@ mod tests {
             bytes[..8].copy_from_slice(&number.to_le_bytes());
             nonces.take(Nonce::from_random(bytes), 1000, 1000).unwrap();
         }
-        assert!(nonces.take(Nonce::from_random([9; 12]), 1000, 1000).is_err());
+        assert!(
+            nonces
+                .take(Nonce::from_random([9; 12]), 1000, 1000)
+                .is_err()
+        );
         let later = 1001 + MAX_CLOCK_SKEW.as_secs();
-        nonces.take(Nonce::from_random([9; 12]), later, later).unwrap();
+        nonces
+            .take(Nonce::from_random([9; 12]), later, later)
+            .unwrap();
         assert_eq!(nonces.0.len(), 1);
     }
 }

@@ -75,3 +75,42 @@ impl fmt::Debug for RunningSleep {
     }
 }
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_passes_after_its_time() {
+        let started = Instant::now();
+        let outcome =
+            running_timeout(Duration::from_millis(2500), std::future::pending::<()>()).await;
+        assert_eq!(outcome, Err(Elapsed));
+        assert!(started.elapsed() >= Duration::from_millis(2500));
+        assert!(started.elapsed() < Duration::from_millis(2600));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_frozen_hour_counts_for_one_tick() {
+        let limited = tokio::spawn(running_timeout(
+            Duration::from_secs(30),
+            std::future::pending::<()>(),
+        ));
+        tokio::task::yield_now().await;
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        for _ in 0..28 {
+            tokio::time::sleep(TICK).await;
+            assert!(!limited.is_finished());
+        }
+        assert_eq!(limited.await.unwrap(), Err(Elapsed));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_ready_wins_over_a_limit_that_passed_in_the_freeze() {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let limited = tokio::spawn(running_timeout(Duration::from_millis(500), receiver));
+        tokio::task::yield_now().await;
+        sender.send(()).unwrap();
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        assert_eq!(limited.await.unwrap(), Ok(Ok(())));
+    }
+}

@@ -21,32 +21,35 @@ use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    children::{Command, end_group},
+    child::Started,
+    clock::running_timeout,
     layout::Layout,
-    recipe,
+    platform,
+    recipe::{self, Command},
     tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
 const CANCEL_GRACE: Duration = Duration::from_secs(3);
 
+/// Pause between two looks whether cargo's group has ended.
+const GONE_EVERY: Duration = Duration::from_millis(2);
+
 /// Longest line of cargo's JSON: one diagnostic with its rendered text.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
 
 /// What a successful build gave.
 #[derive(Debug)]
-pub struct Built {
+pub(crate) struct Built {
     /// The executable in the target directory.
     pub executable: PathBuf,
-    /// Units that cargo compiled.
-    pub compiled: usize,
     /// Units that it found up to date.
     pub fresh: usize,
 }
 
 /// Why there is no executable.
 #[derive(Debug, thiserror::Error)]
-pub enum CompileError {
+pub(crate) enum CompileError {
     /// Cargo says no; its reasons are in the log.
     #[error("cargo ended with {0}")]
     Failed(ExitStatus),
@@ -62,7 +65,7 @@ pub enum CompileError {
 }
 
 /// Where a build's log goes.
-pub trait BuildLog {
+pub(crate) trait BuildLog {
     /// Takes a line of the log, a progress line or a warning.
     fn tell(&self, event: EventKind);
 }
@@ -70,7 +73,7 @@ pub trait BuildLog {
 /// Builds `plan` from the present tree. `touched` are the files written or deleted since it last succeeded.
 ///
 /// `compiled` gets the units that were compiled, also if the build as a whole does not succeed.
-pub async fn compile(
+pub(crate) async fn compile(
     layout: &Layout,
     plan: &BuildPlan,
     touched: &TouchedFiles,
@@ -85,9 +88,14 @@ pub async fn compile(
         return Ok(finished.built);
     }
     for (package, path) in &stale {
-        let text = format!("cargo called `{package}` up to date although `{path}` changed; cleaning and building it again");
+        let text = format!(
+            "cargo called `{package}` up to date although `{path}` changed; cleaning and building it again"
+        );
         log.tell(EventKind::Warning { text, hint: None });
-        recipe::clean(layout, plan, package).output().await.with_context(|| format!("cannot clean `{package}`"))?;
+        recipe::clean(layout, plan, package)
+            .output()
+            .await
+            .with_context(|| format!("cannot clean `{package}`"))?;
     }
     let again = run(&command, compiled, log, cancel).await?;
     match stale_packages(layout, &again, touched)?.into_iter().next() {
@@ -108,42 +116,89 @@ async fn run(
     log: &impl BuildLog,
     cancel: &CancellationToken,
 ) -> Result<Finished, CompileError> {
-    let mut child = command.start().context("cannot start cargo")?;
-    let stdout = child.stdout().take().context("cargo has no standard output")?;
-    let stderr = child.stderr().take().context("cargo has no standard error")?;
+    let mut started = command.start().await.context("cannot start cargo")?;
+    let child = &mut started.child;
+    let stdout = child
+        .stdout
+        .take()
+        .context("cargo has no standard output")?;
+    let stderr = child.stderr.take().context("cargo has no standard error")?;
     let mut artifacts = Vec::new();
     let reading = async {
-        tokio::try_join!(read_messages(stdout, &mut artifacts, log), read_talk(stderr, log))?;
+        tokio::try_join!(
+            read_messages(stdout, &mut artifacts, log),
+            read_talk(stderr, log)
+        )?;
         child.wait().await
     };
     let status = tokio::select! {
         status = reading => Some(status.context("cannot read what cargo prints")?),
         () = cancel.cancelled() => None,
     };
-    compiled.extend(artifacts.iter().filter(|artifact| !artifact.fresh).map(unit));
+    compiled.extend(
+        artifacts
+            .iter()
+            .filter(|artifact| !artifact.fresh)
+            .map(unit),
+    );
     let Some(status) = status else {
-        end_group(&mut child, Signal::INT, CANCEL_GRACE).await;
+        end_group(started, Signal::INT).await;
         return Err(CompileError::Cancelled);
     };
     // A build script may have left something running in cargo's group.
-    end_group(&mut child, Signal::TERM, CANCEL_GRACE).await;
+    end_group(started, Signal::TERM).await;
     if !status.success() {
         return Err(CompileError::Failed(status));
     }
-    let executable = artifacts.iter().rev().find_map(|artifact| artifact.executable.clone());
-    let executable = executable.context("cargo made no executable")?.into_std_path_buf();
+    let executable = artifacts
+        .iter()
+        .rev()
+        .find_map(|artifact| artifact.executable.clone());
+    let executable = executable
+        .context("cargo made no executable")?
+        .into_std_path_buf();
     let fresh = artifacts.iter().filter(|artifact| artifact.fresh).count();
-    Ok(Finished { built: Built { executable, compiled: artifacts.len() - fresh, fresh }, artifacts })
+    Ok(Finished {
+        built: Built { executable, fresh },
+        artifacts,
+    })
+}
+
+/// Ends what is left of cargo's process group: `first`, a grace, SIGKILL, until nothing of it is left.
+async fn end_group(mut started: Started, first: Signal) {
+    let group = started.process();
+    let gone = async {
+        // An error means that somebody else reaped it, so it has ended.
+        let _ = started.child.wait().await.is_ok();
+        while platform::group_is_alive(group) {
+            tokio::time::sleep(GONE_EVERY).await;
+        }
+    };
+    tokio::pin!(gone);
+    platform::signal_group(group, first);
+    if running_timeout(CANCEL_GRACE, &mut gone).await.is_err() {
+        platform::signal_group(group, Signal::KILL);
+        gone.await;
+    }
 }
 
 /// Cargo's standard output: one JSON message a line. What is no message, as from a build script, is part of the log.
-async fn read_messages(stdout: impl AsyncRead + Unpin, artifacts: &mut Vec<Artifact>, log: &impl BuildLog) -> io::Result<()> {
+async fn read_messages(
+    stdout: impl AsyncRead + Unpin,
+    artifacts: &mut Vec<Artifact>,
+    log: &impl BuildLog,
+) -> io::Result<()> {
     let mut lines = BufReader::new(stdout);
     let mut line = Vec::new();
-    while read_until_any(&mut lines, b"\n", &mut line).await?.is_some() {
+    while read_until_any(&mut lines, b"\n", &mut line)
+        .await?
+        .is_some()
+    {
         match serde_json::from_slice::<Message>(&line) {
             Ok(Message::CompilerArtifact(artifact)) => artifacts.push(artifact),
-            Ok(Message::CompilerMessage(message)) => tell_lines(log, &message.message.rendered.unwrap_or_default()),
+            Ok(Message::CompilerMessage(message)) => {
+                tell_lines(log, &message.message.rendered.unwrap_or_default())
+            }
             Ok(_) => {}
             Err(_) => tell_lines(log, &String::from_utf8_lossy(&line)),
         }
@@ -193,7 +248,8 @@ async fn read_until_any(
 }
 
 fn tell_lines(log: &impl BuildLog, text: &str) {
-    text.lines().for_each(|line| log.tell(EventKind::Log { text: cut(line) }));
+    text.lines()
+        .for_each(|line| log.tell(EventKind::Log { text: cut(line) }));
 }
 
 fn cut(line: &str) -> String {
@@ -221,14 +277,19 @@ fn stale_packages(
         .with_context(|| format!("cannot read cargo's dep-info `{}`", dep_info.display()))?;
     let inputs = inputs(&text);
     let tree = layout.tree();
-    let executable = finished.artifacts.iter().rev().find(|artifact| artifact.executable.is_some());
+    let executable = finished
+        .artifacts
+        .iter()
+        .rev()
+        .find(|artifact| artifact.executable.is_some());
     let mut stale = BTreeSet::new();
     for (path, compiled_since) in touched {
         let file = tree.join(path);
         if !inputs.contains(&file) {
             continue;
         }
-        let owner = owner(&finished.artifacts, &file).filter(|owner| is_fresh(&finished.artifacts, owner));
+        let owner =
+            owner(&finished.artifacts, &file).filter(|owner| is_fresh(&finished.artifacts, owner));
         let executable = executable.filter(|executable| executable.fresh);
         for artifact in [owner, executable].into_iter().flatten() {
             if !compiled_since.contains(&unit(artifact)) {
@@ -241,7 +302,12 @@ fn stale_packages(
 
 /// An artifact of the package whose folder holds `file`, the innermost if packages lie in each other.
 fn owner<'a>(artifacts: &'a [Artifact], file: &Path) -> Option<&'a Artifact> {
-    let folder = |artifact: &Artifact| artifact.manifest_path.parent().map(|folder| folder.as_std_path().to_owned());
+    let folder = |artifact: &Artifact| {
+        artifact
+            .manifest_path
+            .parent()
+            .map(|folder| folder.as_std_path().to_owned())
+    };
     artifacts
         .iter()
         .filter(|artifact| folder(artifact).is_some_and(|folder| file.starts_with(folder)))
@@ -250,7 +316,10 @@ fn owner<'a>(artifacts: &'a [Artifact], file: &Path) -> Option<&'a Artifact> {
 
 /// Whether cargo compiled nothing of the artifact's package. Its build script counts only where there is nothing else.
 fn is_fresh(artifacts: &[Artifact], owner: &Artifact) -> bool {
-    artifacts.iter().filter(|artifact| artifact.package_id == owner.package_id).all(|artifact| artifact.fresh)
+    artifacts
+        .iter()
+        .filter(|artifact| artifact.package_id == owner.package_id)
+        .all(|artifact| artifact.fresh)
 }
 
 /// Names what an artifact is: the executable, or something of its package.
@@ -265,7 +334,9 @@ fn unit(artifact: &Artifact) -> String {
 fn inputs(dep_info: &str) -> BTreeSet<PathBuf> {
     let mut inputs = BTreeSet::new();
     for line in dep_info.lines() {
-        let Some((_, files)) = line.split_once(": ") else { continue };
+        let Some((_, files)) = line.split_once(": ") else {
+            continue;
+        };
         let mut file = String::new();
         let mut letters = files.chars();
         loop {
@@ -299,13 +370,29 @@ mod tests {
 
     #[tokio::test]
     async fn lines_and_progress_are_told_apart_and_long_ones_cut() {
-        let text = [&b"one\rtwo\n"[..], &vec![b'x'; MAX_MESSAGE_BYTES + 10], b"\nend"].concat();
+        let text = [
+            &b"one\rtwo\n"[..],
+            &vec![b'x'; MAX_MESSAGE_BYTES + 10],
+            b"\nend",
+        ]
+        .concat();
         let mut reader = BufReader::new(text.as_slice());
         let mut line = Vec::new();
         let mut seen = Vec::new();
-        while let Some(end) = read_until_any(&mut reader, b"\n\r", &mut line).await.unwrap() {
+        while let Some(end) = read_until_any(&mut reader, b"\n\r", &mut line)
+            .await
+            .unwrap()
+        {
             seen.push((end, line.len()));
         }
-        assert_eq!(seen, [(b'\r', 3), (b'\n', 3), (b'\n', MAX_MESSAGE_BYTES), (b'\n', 3)]);
+        assert_eq!(
+            seen,
+            [
+                (b'\r', 3),
+                (b'\n', 3),
+                (b'\n', MAX_MESSAGE_BYTES),
+                (b'\n', 3)
+            ]
+        );
     }
 }

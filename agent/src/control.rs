@@ -51,13 +51,19 @@ struct Control {
 }
 
 /// The routes. `end_agent` is cancelled when a client asks the agent itself to end.
-pub fn routes(
+pub(crate) fn routes(
     gate: Arc<Gate>,
     shared: Arc<Shared>,
     deployer: mpsc::Sender<deploy::Request>,
     end_agent: CancellationToken,
 ) -> Router {
-    let control = Control { gate, shared, deployer, bodies: Arc::new(Semaphore::new(MAX_BODIES)), end_agent };
+    let control = Control {
+        gate,
+        shared,
+        deployer,
+        bodies: Arc::new(Semaphore::new(MAX_BODIES)),
+        end_agent,
+    };
     Router::new()
         .route("/_rrun/pushes/{id}", post(push))
         .route("/_rrun/pushes/{id}/events", get(events))
@@ -87,16 +93,33 @@ impl IntoResponse for No {
 }
 
 fn no(status: StatusCode, error: impl Into<String>) -> No {
-    No(status, Refusal { error: error.into(), hint: None, boot: None, time: None, tree: None })
+    No(
+        status,
+        Refusal {
+            error: error.into(),
+            hint: None,
+            boot: None,
+            time: None,
+            tree: None,
+        },
+    )
 }
 
 async fn authorize(State(control): State<Control>, mut request: Request, next: Next) -> Response {
-    let path_and_query = request.uri().path_and_query().map_or("", |path| path.as_str());
-    match control.gate.check(request.method().as_str(), path_and_query, request.headers()) {
+    let path_and_query = request
+        .uri()
+        .path_and_query()
+        .map_or("", |path| path.as_str());
+    match control
+        .gate
+        .check(request.method().as_str(), path_and_query, request.headers())
+    {
         Ok(signer) => {
             request.extensions_mut().insert(signer);
             let mut response = next.run(request).await;
-            response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+            response
+                .headers_mut()
+                .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
             response
         }
         Err((status, refusal)) => No(status, refusal).into_response(),
@@ -107,7 +130,11 @@ async fn not_found() -> No {
     no(StatusCode::NOT_FOUND, "the agent has no such route")
 }
 
-async fn push(State(control): State<Control>, Path(id): Path<String>, request: Request) -> Result<Response, No> {
+async fn push(
+    State(control): State<Control>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, No> {
     let id = parse_push_id(&id)?;
     if let Some(events) = control.shared.events(id) {
         return Ok(event_stream(&events, 0));
@@ -117,12 +144,21 @@ async fn push(State(control): State<Control>, Path(id): Path<String>, request: R
     let body = read_body(&control, request.into_body(), signer.body).await?;
     let received = {
         let (shared, manifest) = (Arc::clone(&control.shared), control.shared.manifest());
-        let result = tokio::task::spawn_blocking(move || receive(&shared.layout, &manifest, &body, &encoding)).await;
-        let result = result.map_err(|error| no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+        let result = tokio::task::spawn_blocking(move || {
+            receive(&shared.layout, &manifest, &body, &encoding)
+        })
+        .await;
+        let result =
+            result.map_err(|error| no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
         result.map_err(|error| refuse_push(&control, &error))?
     };
     let (answer, answered) = oneshot::channel();
-    let request = deploy::Request::Push { id, received: Box::new(received), by: signer.name, answer };
+    let request = deploy::Request::Push {
+        id,
+        received: Box::new(received),
+        by: signer.name,
+        answer,
+    };
     follow(&control, request, answered).await
 }
 
@@ -134,7 +170,10 @@ async fn follow(
 ) -> Result<Response, No> {
     match ask(control, request, answered).await? {
         Ok(events) => Ok(event_stream(&events, 0)),
-        Err(tree) => Err(wrong_base(tree, "the agent's tree changed while the push was on its way")),
+        Err(tree) => Err(wrong_base(
+            tree,
+            "the agent's tree changed while the push was on its way",
+        )),
     }
 }
 
@@ -165,19 +204,36 @@ fn refuse_push(control: &Control, error: &ReceiveError) -> No {
 
 /// Reads a whole body within bounds and checks that it is the signed one.
 async fn read_body(control: &Control, mut body: Body, expected: Digest) -> Result<Bytes, No> {
-    let busy = || no(StatusCode::SERVICE_UNAVAILABLE, "the agent is receiving other pushes; try again");
+    let busy = || {
+        no(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the agent is receiving other pushes; try again",
+        )
+    };
     let _permit = control.bodies.try_acquire().map_err(|_| busy())?;
     let reading = async {
         let mut bytes = Vec::new();
         loop {
             let frame = running_timeout(BODY_PAUSE_LIMIT, body.frame());
             let slow = |_| no(StatusCode::REQUEST_TIMEOUT, "the body stopped arriving");
-            let Some(frame) = frame.await.map_err(slow)? else { return Ok(bytes) };
-            let frame = frame.map_err(|error| no(StatusCode::BAD_REQUEST, format!("the body broke off: {error}")))?;
-            let Ok(data) = frame.into_data() else { continue };
+            let Some(frame) = frame.await.map_err(slow)? else {
+                return Ok(bytes);
+            };
+            let frame = frame.map_err(|error| {
+                no(
+                    StatusCode::BAD_REQUEST,
+                    format!("the body broke off: {error}"),
+                )
+            })?;
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
             if bytes.len() as u64 + data.len() as u64 > MAX_BODY_BYTES {
                 let limit = MAX_BODY_BYTES >> 20;
-                return Err(no(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {limit} MiB")));
+                return Err(no(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    format!("the body is larger than {limit} MiB"),
+                ));
             }
             bytes.extend_from_slice(&data);
         }
@@ -186,7 +242,10 @@ async fn read_body(control: &Control, mut body: Body, expected: Digest) -> Resul
         .await
         .map_err(|_| no(StatusCode::REQUEST_TIMEOUT, "the body took too long"))??;
     if Digest::of(&bytes) != expected {
-        return Err(no(StatusCode::UNAUTHORIZED, "the body is not the one that was signed"));
+        return Err(no(
+            StatusCode::UNAUTHORIZED,
+            "the body is not the one that was signed",
+        ));
     }
     Ok(bytes.into())
 }
@@ -243,22 +302,48 @@ async fn build_log(
 ) -> Result<Response, No> {
     let number = match build.as_str() {
         "latest" => None,
-        number => Some(number.parse().map_err(|_| no(StatusCode::NOT_FOUND, "a build is named by its number or `latest`"))?),
+        number => Some(number.parse().map_err(|_| {
+            no(
+                StatusCode::NOT_FOUND,
+                "a build is named by its number or `latest`",
+            )
+        })?),
     };
-    let log = control.shared.build_log(number).ok_or_else(|| no(StatusCode::NOT_FOUND, "there is no such build"))?;
+    let log = control
+        .shared
+        .build_log(number)
+        .ok_or_else(|| no(StatusCode::NOT_FOUND, "there is no such build"))?;
     let lines = lines(&log, from);
-    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let accept = headers
+        .get(ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     Ok(if accept.contains("text/event-stream") {
         let events = lines.map(|(number, text)| {
             Ok::<_, Infallible>(sse::Event::default().id(number.to_string()).data(text))
         });
-        Sse::new(events).keep_alive(sse::KeepAlive::new().interval(HEARTBEAT_EVERY)).into_response()
+        Sse::new(events)
+            .keep_alive(sse::KeepAlive::new().interval(HEARTBEAT_EVERY))
+            .into_response()
     } else if accept.contains("ndjson") {
-        let lines = lines.map(|(seq, text)| json_line(&Event { seq, kind: EventKind::Log { text } }));
-        ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+        let lines = lines.map(|(seq, text)| {
+            json_line(&Event {
+                seq,
+                kind: EventKind::Log { text },
+            })
+        });
+        (
+            [(CONTENT_TYPE, "application/x-ndjson")],
+            Body::from_stream(lines),
+        )
+            .into_response()
     } else {
         let lines = lines.map(|(_, text)| Ok::<_, Infallible>(Bytes::from(text + "\n")));
-        ([(CONTENT_TYPE, "text/plain; charset=utf-8")], Body::from_stream(lines)).into_response()
+        (
+            [(CONTENT_TYPE, "text/plain; charset=utf-8")],
+            Body::from_stream(lines),
+        )
+            .into_response()
     })
 }
 
@@ -275,10 +360,15 @@ struct Cancel {
     push: Option<String>,
 }
 
-async fn cancel(State(control): State<Control>, Query(query): Query<Cancel>) -> Result<Json<bool>, No> {
+async fn cancel(
+    State(control): State<Control>,
+    Query(query): Query<Cancel>,
+) -> Result<Json<bool>, No> {
     let push = query.push.as_deref().map(parse_push_id).transpose()?;
     let (answer, answered) = oneshot::channel();
-    Ok(Json(ask(&control, deploy::Request::Cancel { push, answer }, answered).await?))
+    Ok(Json(
+        ask(&control, deploy::Request::Cancel { push, answer }, answered).await?,
+    ))
 }
 
 #[derive(Deserialize)]
@@ -293,13 +383,28 @@ async fn rollback(
 ) -> Result<Response, No> {
     let (id, by) = (new_push_id(), signer(&request)?.name);
     let (answer, answered) = oneshot::channel();
-    follow(&control, deploy::Request::Rollback { id, generation, by, answer }, answered).await
+    follow(
+        &control,
+        deploy::Request::Rollback {
+            id,
+            generation,
+            by,
+            answer,
+        },
+        answered,
+    )
+    .await
 }
 
 async fn restart(State(control): State<Control>, request: Request) -> Result<Response, No> {
     let (id, by) = (new_push_id(), signer(&request)?.name);
     let (answer, answered) = oneshot::channel();
-    follow(&control, deploy::Request::Restart { id, by, answer }, answered).await
+    follow(
+        &control,
+        deploy::Request::Restart { id, by, answer },
+        answered,
+    )
+    .await
 }
 
 #[derive(Deserialize)]
@@ -308,7 +413,10 @@ struct Stop {
     agent: bool,
 }
 
-async fn stop(State(control): State<Control>, Query(Stop { agent }): Query<Stop>) -> Result<Json<Status>, No> {
+async fn stop(
+    State(control): State<Control>,
+    Query(Stop { agent }): Query<Stop>,
+) -> Result<Json<Status>, No> {
     let (answer, answered) = oneshot::channel();
     ask(&control, deploy::Request::Stop { answer }, answered).await?;
     if agent {
@@ -324,12 +432,19 @@ fn event_stream(events: &Events, from: u64) -> Response {
         let event = match running_timeout(HEARTBEAT_EVERY, follower.next()).await {
             Ok(Some(Item::Kept(seq, kind) | Item::Passing(seq, kind))) => Event { seq, kind },
             Ok(None) => return None,
-            Err(_) => Event { seq: last, kind: EventKind::Heartbeat },
+            Err(_) => Event {
+                seq: last,
+                kind: EventKind::Heartbeat,
+            },
         };
         let seq = event.seq;
         Some((json_line(&event), (follower, seq)))
     });
-    ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+    (
+        [(CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
 }
 
 fn json_line(event: &Event) -> Result<Bytes, serde_json::Error> {
@@ -344,11 +459,20 @@ fn signer(request: &Request) -> Result<Signer, No> {
 }
 
 fn encoding(headers: &HeaderMap) -> String {
-    headers.get(CONTENT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+    headers
+        .get(CONTENT_ENCODING)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn parse_push_id(text: &str) -> Result<PushId, No> {
-    text.parse().map_err(|_| no(StatusCode::NOT_FOUND, "a push's id is 12 letters of base64url"))
+    text.parse().map_err(|_| {
+        no(
+            StatusCode::NOT_FOUND,
+            "a push's id is 12 letters of base64url",
+        )
+    })
 }
 
 fn new_push_id() -> PushId {

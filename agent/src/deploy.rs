@@ -13,7 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use rrun_protocol::{
-    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection, SwapMode, Timings, TreeDigest,
+    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection,
+    SwapMode, Timings, TreeDigest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -41,7 +42,7 @@ const SHOWN_OUTPUT: usize = 50;
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
 
 /// What the control routes ask for.
-pub enum Request {
+pub(crate) enum Request {
     /// Make this tree serve.
     Push {
         /// Chosen by the laptop.
@@ -88,7 +89,7 @@ pub enum Request {
 }
 
 /// How the deployer ended.
-pub enum End {
+pub(crate) enum End {
     /// It was told to stop; no process is left.
     Stopped,
     /// The agent's process is to become the app; no other process is left.
@@ -96,7 +97,7 @@ pub enum End {
 }
 
 /// The queue in front of the worker.
-pub struct Deployer {
+pub(crate) struct Deployer {
     worker: Worker,
     mailbox: mpsc::Receiver<Request>,
     /// The newest scan seen of each checkout.
@@ -122,7 +123,7 @@ impl Stop {
 
 impl Deployer {
     /// A deployer and where to send it requests.
-    pub fn new(
+    pub(crate) fn new(
         tree: Tree,
         generations: Generations,
         service: Service,
@@ -130,13 +131,31 @@ impl Deployer {
         environment: Vec<(OsString, OsString)>,
     ) -> (Self, mpsc::Sender<Request>) {
         let (sender, mailbox) = mpsc::channel(MAX_WAITING);
-        let worker = Worker { tree, generations, service, shared, environment, hand_over: None };
-        (Self { worker, mailbox, newest: HashMap::new() }, sender)
+        let worker = Worker {
+            tree,
+            generations,
+            service,
+            shared,
+            environment,
+            hand_over: None,
+        };
+        (
+            Self {
+                worker,
+                mailbox,
+                newest: HashMap::new(),
+            },
+            sender,
+        )
     }
 
     /// Works until `shutdown`, or until the agent's process is to become the app.
-    pub async fn run(self, shutdown: CancellationToken) -> End {
-        let Self { mut worker, mut mailbox, mut newest } = self;
+    pub(crate) async fn run(self, shutdown: CancellationToken) -> End {
+        let Self {
+            mut worker,
+            mut mailbox,
+            mut newest,
+        } = self;
         let shared = Arc::clone(&worker.shared);
         worker.start_last(&shutdown).await;
         let mut waiting: Option<Request> = None;
@@ -149,7 +168,9 @@ impl Deployer {
                 let Some(arrived) = arrived else { break };
                 waiting = admit(&mut newest, &shared, arrived);
             }
-            let Some(request) = waiting.take() else { continue };
+            let Some(request) = waiting.take() else {
+                continue;
+            };
             let under_way = request.push_id();
             let stop = Stop::default();
             {
@@ -165,14 +186,17 @@ impl Deployer {
                         Some(arrived) = mailbox.recv() => arrived,
                     };
                     if let Request::Cancel { push, answer } = arrived {
-                        let meant = under_way.is_some() && push.is_none_or(|push| Some(push) == under_way);
+                        let meant =
+                            under_way.is_some() && push.is_none_or(|push| Some(push) == under_way);
                         if meant {
                             stop.token.cancel();
                         }
                         let _ = answer.send(meant);
                         continue;
                     }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived) else { continue };
+                    let Some(arrived) = admit(&mut newest, &shared, arrived) else {
+                        continue;
+                    };
                     stop.give_way_to(arrived.push_id());
                     if let Some(skipped) = waiting.replace(arrived) {
                         let newer = waiting.as_ref().and_then(Request::push_id);
@@ -190,7 +214,11 @@ impl Deployer {
 }
 
 /// Lets a request in, unless it is already known, older than what was seen of its checkout, or answered at once.
-fn admit(newest: &mut HashMap<CheckoutId, (u64, PushId)>, shared: &Shared, request: Request) -> Option<Request> {
+fn admit(
+    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
+    shared: &Shared,
+    request: Request,
+) -> Option<Request> {
     match request {
         Request::Cancel { answer, .. } => {
             let _ = answer.send(false);
@@ -200,9 +228,13 @@ fn admit(newest: &mut HashMap<CheckoutId, (u64, PushId)>, shared: &Shared, reque
             let _ = answer.send(Ok(shared.events(id)?));
             None
         }
-        Request::Push { id, ref received, .. } => {
+        Request::Push {
+            id, ref received, ..
+        } => {
             if let Some(preamble) = &received.preamble {
-                let seen = newest.entry(preamble.checkout).or_insert((preamble.sequence, id));
+                let seen = newest
+                    .entry(preamble.checkout)
+                    .or_insert((preamble.sequence, id));
                 if preamble.sequence < seen.0 {
                     let newer = seen.1;
                     request.supersede(shared, Some(newer));
@@ -220,7 +252,9 @@ impl Request {
     /// The push, or other exchange with events of its own.
     fn push_id(&self) -> Option<PushId> {
         match self {
-            Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => Some(*id),
+            Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
+                Some(*id)
+            }
             Self::Cancel { .. } | Self::Stop { .. } => None,
         }
     }
@@ -228,8 +262,15 @@ impl Request {
     /// Ends a request that was never begun, because a newer one is there.
     fn supersede(self, shared: &Shared, newer: Option<PushId>) {
         let (id, tree, answer) = match self {
-            Self::Push { id, received, answer, .. } => (id, received.target.tree_digest(), answer),
-            Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => (id, shared.status().tree, answer),
+            Self::Push {
+                id,
+                received,
+                answer,
+                ..
+            } => (id, received.target.tree_digest(), answer),
+            Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
+                (id, shared.status().tree, answer)
+            }
             Self::Cancel { .. } | Self::Stop { .. } => return,
         };
         let events = shared.start_push(id);
@@ -277,11 +318,19 @@ struct Ending {
 
 impl Ending {
     fn of(outcome: Outcome) -> Self {
-        Self { outcome, reason: None, hint: None }
+        Self {
+            outcome,
+            reason: None,
+            hint: None,
+        }
     }
 
     fn because(outcome: Outcome, reason: impl Into<String>) -> Self {
-        Self { outcome, reason: Some(reason.into()), hint: None }
+        Self {
+            outcome,
+            reason: Some(reason.into()),
+            hint: None,
+        }
     }
 }
 
@@ -306,8 +355,11 @@ impl Exchange<'_> {
 impl Worker {
     /// Serves what served when the agent ended, or what the image was built with.
     async fn start_last(&mut self, shutdown: &CancellationToken) {
-        self.shared.set_tree(self.tree.manifest(), self.tree.digest());
-        let Some(generation) = self.generations.serving().cloned() else { return self.show() };
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
+        let Some(generation) = self.generations.serving().cloned() else {
+            return self.show();
+        };
         tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
         let spec = self.generations.spec(&generation, &self.environment);
         if let Err(error) = self.service.replace(spec, shutdown).await {
@@ -319,8 +371,18 @@ impl Worker {
     /// Carries one request to its end.
     async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
-            Request::Push { id, received, by, answer } => self.take_push(id, *received, by, answer, stop).await,
-            Request::Rollback { id, generation, by, answer } => {
+            Request::Push {
+                id,
+                received,
+                by,
+                answer,
+            } => self.take_push(id, *received, by, answer, stop).await,
+            Request::Rollback {
+                id,
+                generation,
+                by,
+                answer,
+            } => {
                 let exchange = self.begin(id, by, self.tree.digest(), stop);
                 let _ = answer.send(Ok(Arc::clone(&exchange.events)));
                 self.rollback(exchange, generation).await;
@@ -331,7 +393,9 @@ impl Worker {
                 self.restart(exchange).await;
             }
             Request::Stop { answer } => {
-                self.service.stop("the app was stopped with `rrun stop`; push to start it again").await;
+                self.service
+                    .stop("the app was stopped with `rrun stop`; push to start it again")
+                    .await;
                 if let Err(error) = self.generations.clear_serving() {
                     tracing::warn!("{error:#}");
                 }
@@ -354,7 +418,8 @@ impl Worker {
     ) {
         // The tree may have changed since the push was received.
         let base = received.preamble.as_ref().map(|preamble| preamble.base);
-        let is_whole = base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
+        let is_whole =
+            base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
         if !is_whole && base != Some(self.tree.digest()) {
             let _ = answer.send(Err(self.tree.digest()));
             return;
@@ -368,13 +433,23 @@ impl Worker {
             deleted: received.deleted,
         });
         let ending = self.push(&mut exchange, received).await;
-        let ending = ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
         self.end(exchange, ending);
     }
 
     /// The pipeline: apply → compile → publish → swap.
-    async fn push(&mut self, exchange: &mut Exchange<'_>, received: Received) -> anyhow::Result<Ending> {
-        let Received { preamble, target, staged, .. } = received;
+    async fn push(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        received: Received,
+    ) -> anyhow::Result<Ending> {
+        let Received {
+            preamble,
+            target,
+            staged,
+            ..
+        } = received;
         if exchange.stop.token.is_cancelled() {
             return Ok(exchange.stopped());
         }
@@ -392,11 +467,18 @@ impl Worker {
         };
         let identity = (self.tree.digest(), plan.digest());
         let serving = self.serving();
-        if serving.is_some_and(|serving| serving.identity() == identity) && self.service.status().state == "serving" {
+        if serving.is_some_and(|serving| serving.identity() == identity)
+            && self.service.status().state == "serving"
+        {
             return Ok(Ending::of(Outcome::Unchanged));
         }
-        if let Some(other) = serving.filter(|serving| serving.by != exchange.by && !serving.by.is_empty()) {
-            let text = format!("this replaces generation {}, which {} pushed", other.number, other.by);
+        if let Some(other) =
+            serving.filter(|serving| serving.by != exchange.by && !serving.by.is_empty())
+        {
+            let text = format!(
+                "this replaces generation {}, which {} pushed",
+                other.number, other.by
+            );
             exchange.warn(text, None);
         }
         let generation = match self.generations.find(&identity).cloned() {
@@ -419,17 +501,25 @@ impl Worker {
     ) -> anyhow::Result<()> {
         let started = Instant::now();
         let applied = self.tree.apply(target, staged);
-        self.shared.set_tree(self.tree.manifest(), self.tree.digest());
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
         let restored = applied?.restored;
         let millis = millis_since(started);
         exchange.timings.apply = Some(millis);
         if let Some(first) = restored.first() {
             let text = match restored.len() {
-                1 => format!("`{first}` was changed on the agent, by a build or the app, and was put back"),
-                count => format!("`{first}` and {} more files were changed on the agent and were put back", count - 1),
+                1 => format!(
+                    "`{first}` was changed on the agent, by a build or the app, and was put back"
+                ),
+                count => format!(
+                    "`{first}` and {} more files were changed on the agent and were put back",
+                    count - 1
+                ),
             };
             let hint = match first.file_name() {
-                "Cargo.lock" => "run `cargo build` on the laptop, so that Cargo.lock is complete, and push again",
+                "Cargo.lock" => {
+                    "run `cargo build` on the laptop, so that Cargo.lock is complete, and push again"
+                }
                 _ => "write generated files to OUT_DIR, or name them in .rrunignore",
             };
             exchange.warn(text, Some(hint.to_owned()));
@@ -441,32 +531,63 @@ impl Worker {
     /// What a whole tree says of itself.
     async fn resolve_plan(&self) -> anyhow::Result<Plan> {
         let folder = self.shared.layout.tree();
-        let output = recipe::metadata(&folder).output().await.context("cargo cannot read the tree")?;
-        let metadata = serde_json::from_slice(&output).context("cannot understand what `cargo metadata` prints")?;
+        let output = recipe::metadata(&folder)
+            .output()
+            .await
+            .context("cargo cannot read the tree")?;
+        let metadata = serde_json::from_slice(&output)
+            .context("cannot understand what `cargo metadata` prints")?;
         let project = Project::resolve(&metadata, &folder, &folder, &Selection::default());
-        Ok(project.map_err(|error| match error.hint() {
-            Some(hint) => anyhow::anyhow!("{error} ({hint})"),
-            None => anyhow::anyhow!(error),
-        })?.plan)
+        Ok(project
+            .map_err(|error| match error.hint() {
+                Some(hint) => anyhow::anyhow!("{error} ({hint})"),
+                None => anyhow::anyhow!(error),
+            })?
+            .plan)
     }
 
     /// Compiles the present tree and publishes the result.
-    async fn build(&mut self, exchange: &mut Exchange<'_>, plan: &Plan) -> anyhow::Result<Result<Generation, Ending>> {
+    async fn build(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        plan: &Plan,
+    ) -> anyhow::Result<Result<Generation, Ending>> {
         let started = Instant::now();
         let (number, log) = self.shared.start_build();
-        exchange.tell(EventKind::Building { build: number, command: recipe::for_people(&plan.build) });
-        let build_log = Tee { events: &exchange.events, log: &log };
+        exchange.tell(EventKind::Building {
+            build: number,
+            command: recipe::for_people(&plan.build),
+        });
+        let build_log = Tee {
+            events: &exchange.events,
+            log: &log,
+        };
         let build_plan = plan.build.digest();
         let touched = self.tree.touched(&build_plan);
         let mut compiled = BTreeSet::new();
         let layout = self.shared.layout.clone();
-        let result = compile(&layout, &plan.build, &touched, &mut compiled, &build_log, &exchange.stop.token).await;
+        let result = compile(
+            &layout,
+            &plan.build,
+            &touched,
+            &mut compiled,
+            &build_log,
+            &exchange.stop.token,
+        )
+        .await;
         log.finish();
         self.tree.build_ended()?;
         let millis = millis_since(started);
         exchange.timings.build = Some(millis);
-        let (success, fresh) = result.as_ref().map_or((false, 0), |built| (true, built.fresh));
-        exchange.tell(EventKind::Built { success, compiled: compiled.len(), fresh, millis });
+        let (success, fresh) = result
+            .as_ref()
+            .map_or((false, 0), |built| (true, built.fresh));
+        exchange.tell(EventKind::Built {
+            success,
+            compiled: compiled.len(),
+            fresh,
+            millis,
+        });
         if result.is_err() {
             self.tree.partly_built(build_plan, &compiled)?;
         }
@@ -479,21 +600,31 @@ impl Worker {
         };
         self.tree.built(build_plan)?;
         let (tree, by, push) = (self.tree.digest(), exchange.by.clone(), Some(exchange.id));
-        let generation = self.generations.publish(&built.executable, self.tree.manifest(), |number| Generation {
-            number,
-            tree,
-            plan: plan.clone(),
-            by,
-            push,
-            time: seconds_since_1970(),
-        })?;
+        let generation =
+            self.generations
+                .publish(&built.executable, self.tree.manifest(), |number| {
+                    Generation {
+                        number,
+                        tree,
+                        plan: plan.clone(),
+                        by,
+                        push,
+                        time: seconds_since_1970(),
+                    }
+                })?;
         Ok(Ok(generation))
     }
 
     /// Lets `generation` serve.
-    async fn swap(&mut self, exchange: &mut Exchange<'_>, generation: &Generation) -> anyhow::Result<Ending> {
+    async fn swap(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        generation: &Generation,
+    ) -> anyhow::Result<Ending> {
         let spec = self.generations.spec(generation, &self.environment);
-        exchange.tell(EventKind::Starting { generation: generation.number });
+        exchange.tell(EventKind::Starting {
+            generation: generation.number,
+        });
         let token = &exchange.stop.token;
         let hands_over = generation.plan.run.swap == SwapMode::Exec;
         let replaced = if hands_over {
@@ -503,10 +634,16 @@ impl Worker {
         };
         let was_serving = self.serving().map(|serving| serving.number);
         match replaced {
-            Ok(Replaced { ready, swap, warnings }) => {
+            Ok(Replaced {
+                ready,
+                swap,
+                warnings,
+            }) => {
                 exchange.timings.ready = Some(millis(ready));
                 exchange.timings.swap = Some(millis(swap));
-                warnings.into_iter().for_each(|(text, hint)| exchange.warn(text, hint));
+                warnings
+                    .into_iter()
+                    .for_each(|(text, hint)| exchange.warn(text, hint));
                 self.generations.set_serving(generation.number)?;
                 if hands_over {
                     self.hand_over = Some(Box::new(spec));
@@ -520,9 +657,17 @@ impl Worker {
                 }
                 Ok(match error {
                     ReplaceError::Cancelled => exchange.stopped(),
-                    ReplaceError::NotReady { reason, hint, output } => {
+                    ReplaceError::NotReady {
+                        reason,
+                        hint,
+                        output,
+                    } => {
                         show_output(exchange, &output);
-                        Ending { outcome: Outcome::NotReady, reason: Some(reason), hint }
+                        Ending {
+                            outcome: Outcome::NotReady,
+                            reason: Some(reason),
+                            hint,
+                        }
                     }
                     error => Ending::because(Outcome::NotReady, error.to_string()),
                 })
@@ -547,7 +692,8 @@ impl Worker {
                 hint: Some("`rrun status` names those that are kept".to_owned()),
             }),
         };
-        let ending = ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
         self.end(exchange, ending);
     }
 
@@ -557,24 +703,50 @@ impl Worker {
                 exchange.tree = generation.tree;
                 self.swap(&mut exchange, &generation).await
             }
-            None => Ok(Ending::because(Outcome::Refused, "nothing serves that could be restarted")),
+            None => Ok(Ending::because(
+                Outcome::Refused,
+                "nothing serves that could be restarted",
+            )),
         };
-        let ending = ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
         self.end(exchange, ending);
     }
 
     fn begin<'s>(&self, id: PushId, by: String, tree: TreeDigest, stop: &'s Stop) -> Exchange<'s> {
         let events = self.shared.start_push(id);
         self.shared.update(|status| status.push = Some(id));
-        Exchange { events, id, by, tree, started: Instant::now(), timings: Timings::default(), stop }
+        Exchange {
+            events,
+            id,
+            by,
+            tree,
+            started: Instant::now(),
+            timings: Timings::default(),
+            stop,
+        }
     }
 
     /// The one place where an exchange ends: its report, its line in the history, its terminal event.
     fn end(&mut self, exchange: Exchange<'_>, ending: Ending) {
         let generation = self.serving().map(|serving| serving.number);
-        let Exchange { events, id, by, tree, started, timings, stop } = exchange;
-        let Ending { outcome, reason, hint } = ending;
-        let superseded_by = (outcome == Outcome::Superseded).then(|| stop.superseded_by.get().copied()).flatten();
+        let Exchange {
+            events,
+            id,
+            by,
+            tree,
+            started,
+            timings,
+            stop,
+        } = exchange;
+        let Ending {
+            outcome,
+            reason,
+            hint,
+        } = ending;
+        let superseded_by = (outcome == Outcome::Superseded)
+            .then(|| stop.superseded_by.get().copied())
+            .flatten();
         self.shared.remember(HistoryEntry {
             push: id,
             by,
@@ -601,15 +773,25 @@ impl Worker {
     /// The generation that serves, if any.
     fn serving(&self) -> Option<&Generation> {
         let number = self.service.serving()?;
-        self.generations.kept().find(|generation| generation.number == number)
+        self.generations
+            .kept()
+            .find(|generation| generation.number == number)
     }
 
     /// Publishes what the agent's state is now.
     fn show(&self) {
         let serving = self.serving();
-        let (generation, serving_tree) = (serving.map(|serving| serving.number), serving.map(|serving| serving.tree));
-        let kept = self.generations.kept().map(|generation| generation.number).collect();
-        let needs_build = serving_tree != Some(self.tree.digest()) && !self.tree.manifest().is_empty();
+        let (generation, serving_tree) = (
+            serving.map(|serving| serving.number),
+            serving.map(|serving| serving.tree),
+        );
+        let kept = self
+            .generations
+            .kept()
+            .map(|generation| generation.number)
+            .collect();
+        let needs_build =
+            serving_tree != Some(self.tree.digest()) && !self.tree.manifest().is_empty();
         self.shared.update(|status| {
             status.generation = generation;
             status.serving_tree = serving_tree;
@@ -621,7 +803,10 @@ impl Worker {
 
 fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
     for line in &output[output.len().saturating_sub(SHOWN_OUTPUT)..] {
-        exchange.tell(EventKind::App { stream: line.stream, text: line.text.clone() });
+        exchange.tell(EventKind::App {
+            stream: line.stream,
+            text: line.text.clone(),
+        });
     }
 }
 
@@ -635,7 +820,9 @@ impl BuildLog for Tee<'_> {
     fn tell(&self, event: EventKind) {
         match &event {
             EventKind::Progress { .. } => return self.events.show(event),
-            EventKind::Log { text } | EventKind::Warning { text, .. } => self.log.append(text.clone()),
+            EventKind::Log { text } | EventKind::Warning { text, .. } => {
+                self.log.append(text.clone())
+            }
             _ => {}
         }
         self.events.append(event);

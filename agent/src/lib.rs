@@ -7,27 +7,31 @@
 //! [`run`] is the whole program, for the `rrun-agent` binary and for `rrun push --local`, which runs it on the laptop.
 //! Nothing of this crate is in a production image.
 
-mod app;
+pub mod app;
+pub mod clock;
+pub mod front;
+pub mod output;
+pub mod proxy;
+pub mod service;
+pub mod upstream;
+
 mod authorize;
-mod children;
-mod clock;
+mod child;
 mod compile;
 mod control;
 mod deploy;
-mod front;
+mod headers;
+mod keeper;
 mod layout;
-mod output;
+mod page;
 mod platform;
-mod proxy;
 mod publish;
 mod receive;
 mod recipe;
 mod record;
 mod serve;
-mod service;
 mod shared;
 mod tree;
-mod upstream;
 mod warm;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -36,7 +40,12 @@ use clap::{Args, Parser, Subcommand};
 
 /// What `rrun-agent` is told.
 #[derive(Debug, Parser)]
-#[command(name = "rrun-agent", version, about, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "rrun-agent",
+    version,
+    about,
+    args_conflicts_with_subcommands = true
+)]
 pub struct CommandLine {
     #[command(subcommand)]
     command: Option<Command>,
@@ -56,7 +65,12 @@ enum Command {
 #[derive(Args, Debug)]
 struct Workspace {
     /// Folder that holds tree, target directory, generations and state
-    #[arg(long = "workspace", value_name = "DIR", env = "RRUN_WORKSPACE", default_value = "/rrun")]
+    #[arg(
+        long = "workspace",
+        value_name = "DIR",
+        env = "RRUN_WORKSPACE",
+        default_value = "/rrun"
+    )]
     folder: PathBuf,
 }
 
@@ -92,7 +106,10 @@ pub fn run(command_line: CommandLine) -> ExitCode {
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("RRUN_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(false);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(false);
     // A second start in one process keeps the first one's subscriber.
     let _ = subscriber.with_writer(std::io::stderr).try_init();
 }

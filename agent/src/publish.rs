@@ -28,7 +28,7 @@ const SERVING: &str = "serving";
 
 /// One built version.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Generation {
+pub(crate) struct Generation {
     /// Rises with each build.
     pub number: u64,
     /// The tree that it was built from.
@@ -44,17 +44,17 @@ pub struct Generation {
 }
 
 /// Names what serves: two generations of equal identity answer alike.
-pub type Identity = (TreeDigest, Digest);
+pub(crate) type Identity = (TreeDigest, Digest);
 
 impl Generation {
     /// What it is, apart from its number.
-    pub fn identity(&self) -> Identity {
+    pub(crate) fn identity(&self) -> Identity {
         (self.tree, self.plan.digest())
     }
 }
 
 /// The generations on disk.
-pub struct Generations {
+pub(crate) struct Generations {
     layout: Layout,
     kept: Vec<Generation>,
     next: u64,
@@ -62,53 +62,67 @@ pub struct Generations {
 
 impl Generations {
     /// Reads what is there. Folders that an interrupted publication left are removed.
-    pub fn open(layout: &Layout) -> anyhow::Result<Self> {
+    pub(crate) fn open(layout: &Layout) -> anyhow::Result<Self> {
         let mut kept = Vec::new();
         for item in fs::read_dir(layout.generations())? {
             let folder = item?.path();
             match read(&folder) {
                 Some(generation) => kept.push(generation),
-                None => fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))?,
+                None => fs::remove_dir_all(&folder)
+                    .with_context(|| format!("cannot remove `{}`", folder.display()))?,
             }
         }
         kept.sort_by_key(|generation: &Generation| generation.number);
         let next = kept.last().map_or(1, |generation| generation.number + 1);
-        Ok(Self { layout: layout.clone(), kept, next })
+        Ok(Self {
+            layout: layout.clone(),
+            kept,
+            next,
+        })
     }
 
     /// The generation that serves or last served.
-    pub fn serving(&self) -> Option<&Generation> {
+    pub(crate) fn serving(&self) -> Option<&Generation> {
         let number: u64 = self.layout.load(SERVING)?;
-        self.kept.iter().find(|generation| generation.number == number)
+        self.kept
+            .iter()
+            .find(|generation| generation.number == number)
     }
 
     /// Notes that `number` serves now, and removes generations beyond those that are kept.
-    pub fn set_serving(&mut self, number: u64) -> anyhow::Result<()> {
+    pub(crate) fn set_serving(&mut self, number: u64) -> anyhow::Result<()> {
         self.layout.store(SERVING, &number)?;
         while self.kept.len() > KEPT {
-            let Some(oldest) = self.kept.iter().find(|generation| generation.number != number) else { break };
+            let Some(oldest) = self
+                .kept
+                .iter()
+                .find(|generation| generation.number != number)
+            else {
+                break;
+            };
             self.remove(oldest.number)?;
         }
         Ok(())
     }
 
     /// Notes that nothing serves.
-    pub fn clear_serving(&self) -> anyhow::Result<()> {
+    pub(crate) fn clear_serving(&self) -> anyhow::Result<()> {
         self.layout.store(SERVING, &0u64)
     }
 
     /// Kept generations, newest first.
-    pub fn kept(&self) -> impl Iterator<Item = &Generation> {
+    pub(crate) fn kept(&self) -> impl Iterator<Item = &Generation> {
         self.kept.iter().rev()
     }
 
     /// A kept generation that answers as asked for.
-    pub fn find(&self, identity: &Identity) -> Option<&Generation> {
-        self.kept().find(|generation| generation.identity() == *identity)
+    pub(crate) fn find(&self, identity: &Identity) -> Option<&Generation> {
+        self.kept()
+            .find(|generation| generation.identity() == *identity)
     }
 
     /// Publishes `executable` with the assets of `manifest`'s tree as a new generation.
-    pub fn publish(
+    pub(crate) fn publish(
         &mut self,
         executable: &Path,
         manifest: &Manifest,
@@ -120,25 +134,34 @@ impl Generations {
         fs::create_dir(&files)?;
         link(executable, &staging.path().join(EXECUTABLE))?;
         for (path, place) in assets(&generation.plan, manifest) {
-            link(&self.layout.tree().join(path), &files.join(place)).with_context(|| format!("cannot publish `{path}`"))?;
+            link(&self.layout.tree().join(path), &files.join(place))
+                .with_context(|| format!("cannot publish `{path}`"))?;
         }
-        fs::write(staging.path().join(DESCRIPTION), serde_json::to_vec(&generation)?)?;
+        fs::write(
+            staging.path().join(DESCRIPTION),
+            serde_json::to_vec(&generation)?,
+        )?;
         let folder = self.folder(generation.number);
-        fs::rename(staging.keep(), &folder).with_context(|| format!("cannot publish `{}`", folder.display()))?;
+        fs::rename(staging.keep(), &folder)
+            .with_context(|| format!("cannot publish `{}`", folder.display()))?;
         self.next += 1;
         self.kept.push(generation.clone());
         Ok(generation)
     }
 
     /// Removes a generation, as one that never became ready.
-    pub fn remove(&mut self, number: u64) -> anyhow::Result<()> {
+    pub(crate) fn remove(&mut self, number: u64) -> anyhow::Result<()> {
         let folder = self.folder(number);
         self.kept.retain(|generation| generation.number != number);
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))
     }
 
     /// How to start `generation`, in `environment`.
-    pub fn spec(&self, generation: &Generation, environment: &[(OsString, OsString)]) -> AppSpec {
+    pub(crate) fn spec(
+        &self,
+        generation: &Generation,
+        environment: &[(OsString, OsString)],
+    ) -> AppSpec {
         let folder = self.folder(generation.number);
         AppSpec {
             generation: generation.number,
@@ -155,21 +178,32 @@ impl Generations {
 }
 
 fn read(folder: &Path) -> Option<Generation> {
-    let generation: Generation = serde_json::from_slice(&fs::read(folder.join(DESCRIPTION)).ok()?).ok()?;
-    let is_whole = folder.file_name()?.to_str()? == generation.number.to_string() && folder.join(EXECUTABLE).exists();
+    let generation: Generation =
+        serde_json::from_slice(&fs::read(folder.join(DESCRIPTION)).ok()?).ok()?;
+    let is_whole = folder.file_name()?.to_str()? == generation.number.to_string()
+        && folder.join(EXECUTABLE).exists();
     is_whole.then_some(generation)
 }
 
 /// The tree's files that the app reads at run time, each with its place in the app's working directory.
-fn assets<'a>(plan: &'a Plan, manifest: &'a Manifest) -> impl Iterator<Item = (&'a TreePath, &'a str)> {
+fn assets<'a>(
+    plan: &'a Plan,
+    manifest: &'a Manifest,
+) -> impl Iterator<Item = (&'a TreePath, &'a str)> {
     let is_asset = |path: &TreePath| {
         let run = &plan.run;
-        run.assets.iter().any(|asset| path == asset || path.strip_prefix(Some(asset)).is_some())
+        run.assets
+            .iter()
+            .any(|asset| path == asset || path.strip_prefix(Some(asset)).is_some())
     };
-    manifest.iter().map(|(path, _)| path).filter(move |path| is_asset(path)).filter_map(|path| {
-        let place = path.strip_prefix(plan.run.working_directory.as_ref())?;
-        Some((path, place))
-    })
+    manifest
+        .iter()
+        .map(|(path, _)| path)
+        .filter(move |path| is_asset(path))
+        .filter_map(|path| {
+            let place = path.strip_prefix(plan.run.working_directory.as_ref())?;
+            Some((path, place))
+        })
 }
 
 /// Links `from` to `to`, or copies where a file system cannot link. A symbolic link stays one.

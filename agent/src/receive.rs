@@ -7,8 +7,8 @@ use std::io::{self, Read};
 
 use flate2::read::GzDecoder;
 use rrun_protocol::{
-    ArchiveError, ArchiveRules, Entry, Kind, MAX_TREE_BYTES, Manifest, ManifestError, Preamble, PushError, TreeDigest,
-    TreePath, decompress, read_tar, write_tar,
+    ArchiveError, ArchiveRules, Entry, Kind, MAX_TREE_BYTES, Manifest, ManifestError, Preamble,
+    PushError, TreeDigest, TreePath, decompress, read_tar, write_tar,
 };
 
 use crate::{
@@ -23,7 +23,7 @@ const MAX_STREAM_BYTES: u64 = 2 * MAX_TREE_BYTES;
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 
 /// A push that arrived whole.
-pub struct Received {
+pub(crate) struct Received {
     /// What `rrun` says of it; `None` for a whole tree made without it.
     pub preamble: Option<Preamble>,
     /// The tree that the push results in.
@@ -38,7 +38,7 @@ pub struct Received {
 
 /// Why a body was not taken.
 #[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
+pub(crate) enum ReceiveError {
     /// Made against a tree that the agent does not have.
     #[error("the push starts from tree {}, the agent has {}", .base.short(), .tree.short())]
     WrongBase {
@@ -66,13 +66,21 @@ pub enum ReceiveError {
 
 impl ReceiveError {
     /// Whether the agent is at fault, not the push.
-    pub fn is_internal(&self) -> bool {
-        matches!(self, Self::Store(_) | Self::Archive(ArchiveError::Store { .. }))
+    pub(crate) fn is_internal(&self) -> bool {
+        matches!(
+            self,
+            Self::Store(_) | Self::Archive(ArchiveError::Store { .. })
+        )
     }
 }
 
 /// Takes `body` apart against `base`, the manifest of the present tree.
-pub fn receive(layout: &Layout, base: &Manifest, body: &[u8], content_encoding: &str) -> Result<Received, ReceiveError> {
+pub(crate) fn receive(
+    layout: &Layout,
+    base: &Manifest,
+    body: &[u8],
+    content_encoding: &str,
+) -> Result<Received, ReceiveError> {
     let staged = Staged::new(layout).map_err(ReceiveError::Store)?;
     match content_encoding {
         "" if Preamble::is_push(body) => receive_push(layout, base, body, staged),
@@ -82,16 +90,32 @@ pub fn receive(layout: &Layout, base: &Manifest, body: &[u8], content_encoding: 
     }
 }
 
-fn receive_push(layout: &Layout, base: &Manifest, body: &[u8], staged: Staged) -> Result<Received, ReceiveError> {
+fn receive_push(
+    layout: &Layout,
+    base: &Manifest,
+    body: &[u8],
+    staged: Staged,
+) -> Result<Received, ReceiveError> {
     let (preamble, payload) = Preamble::from_body(body)?;
     // A push against the empty tree brings everything, so it fits on whatever lies here.
     let nothing = Manifest::default();
-    let base = if preamble.base == nothing.tree_digest() { &nothing } else { base };
+    let base = if preamble.base == nothing.tree_digest() {
+        &nothing
+    } else {
+        base
+    };
     if preamble.base != base.tree_digest() {
-        return Err(ReceiveError::WrongBase { base: preamble.base, tree: base.tree_digest() });
+        return Err(ReceiveError::WrongBase {
+            base: preamble.base,
+            tree: base.tree_digest(),
+        });
     }
     let replaced = preamble.replaced(base)?;
-    let prefix = if preamble.with_prefix { prefix(layout, &replaced.prefix_files())? } else { Vec::new() };
+    let prefix = if preamble.with_prefix {
+        prefix(layout, &replaced.prefix_files())?
+    } else {
+        Vec::new()
+    };
     let mut entries = Vec::new();
     if !payload.is_empty() {
         let archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
@@ -100,15 +124,37 @@ fn receive_push(layout: &Layout, base: &Manifest, body: &[u8], staged: Staged) -
     let (changed, deleted) = (entries.len(), replaced.deleted.len());
     let target = preamble.resulting_tree(base, entries)?;
     check_links(layout, &target, &staged)?;
-    Ok(Received { preamble: Some(preamble), target, staged, changed, deleted })
+    Ok(Received {
+        preamble: Some(preamble),
+        target,
+        staged,
+        changed,
+        deleted,
+    })
 }
 
-fn receive_whole_tree(base: &Manifest, archive: impl Read, staged: Staged) -> Result<Received, ReceiveError> {
+fn receive_whole_tree(
+    base: &Manifest,
+    archive: impl Read,
+    staged: Staged,
+) -> Result<Received, ReceiveError> {
     let target = Manifest::new(unpack(archive, ArchiveRules::WholeTree, &staged)?)?;
     target.check_links(|_, entry| link_target(staged.read(&entry.digest)))?;
-    let changed = target.iter().filter(|(path, entry)| base.get(path.as_str()) != Some(*entry)).count();
-    let deleted = base.iter().filter(|(path, _)| target.get(path.as_str()).is_none()).count();
-    Ok(Received { preamble: None, target, staged, changed, deleted })
+    let changed = target
+        .iter()
+        .filter(|(path, entry)| base.get(path.as_str()) != Some(*entry))
+        .count();
+    let deleted = base
+        .iter()
+        .filter(|(path, _)| target.get(path.as_str()).is_none())
+        .count();
+    Ok(Received {
+        preamble: None,
+        target,
+        staged,
+        changed,
+        deleted,
+    })
 }
 
 /// The archive of the base versions, as the laptop made it to compress against.
@@ -119,21 +165,39 @@ fn prefix(layout: &Layout, files: &[(&TreePath, &Entry)]) -> Result<Vec<u8>, Rec
         .collect::<io::Result<_>>()
         .map_err(ReceiveError::Store)?;
     let files = files.iter().zip(&contents);
-    Ok(write_tar(files.map(|((path, entry), bytes)| rrun_protocol::Content { path, kind: entry.kind, bytes })))
+    Ok(write_tar(files.map(|((path, entry), bytes)| {
+        rrun_protocol::Content {
+            path,
+            kind: entry.kind,
+            bytes,
+        }
+    })))
 }
 
-fn unpack(archive: impl Read, rules: ArchiveRules, staged: &Staged) -> Result<Vec<(TreePath, Entry)>, ArchiveError> {
+fn unpack(
+    archive: impl Read,
+    rules: ArchiveRules,
+    staged: &Staged,
+) -> Result<Vec<(TreePath, Entry)>, ArchiveError> {
     let mut entries = Vec::new();
-    read_tar(archive.take(MAX_STREAM_BYTES), rules, |path: &TreePath, kind: Kind, content| {
-        entries.push((path.clone(), staged.store(kind, content)?));
-        Ok(())
-    })?;
+    read_tar(
+        archive.take(MAX_STREAM_BYTES),
+        rules,
+        |path: &TreePath, kind: Kind, content| {
+            entries.push((path.clone(), staged.store(kind, content)?));
+            Ok(())
+        },
+    )?;
     Ok(entries)
 }
 
 fn check_links(layout: &Layout, target: &Manifest, staged: &Staged) -> Result<(), ManifestError> {
     target.check_links(|_, entry| {
-        link_target(staged.read(&entry.digest).or_else(|_| Tree::content(layout, &entry.digest)))
+        link_target(
+            staged
+                .read(&entry.digest)
+                .or_else(|_| Tree::content(layout, &entry.digest)),
+        )
     })
 }
 
@@ -158,16 +222,22 @@ mod tests {
 
     fn archive(files: &[(&str, Kind, &str)]) -> Vec<u8> {
         let paths: Vec<TreePath> = files.iter().map(|(name, ..)| path(name)).collect();
-        let contents = paths.iter().zip(files).map(|(path, (_, kind, content))| rrun_protocol::Content {
-            path,
-            kind: *kind,
-            bytes: content.as_bytes(),
-        });
+        let contents =
+            paths
+                .iter()
+                .zip(files)
+                .map(|(path, (_, kind, content))| rrun_protocol::Content {
+                    path,
+                    kind: *kind,
+                    bytes: content.as_bytes(),
+                });
         write_tar(contents)
     }
 
     fn manifest(files: &[(&str, Kind, &str)]) -> Manifest {
-        let entry = |(name, kind, content): &(&str, Kind, &str)| (path(name), Entry::of(*kind, content.as_bytes()));
+        let entry = |(name, kind, content): &(&str, Kind, &str)| {
+            (path(name), Entry::of(*kind, content.as_bytes()))
+        };
         Manifest::new(files.iter().map(entry)).unwrap()
     }
 
@@ -190,7 +260,10 @@ mod tests {
             no_build: false,
             changed: changed.to_vec(),
             deleted: deleted.to_vec(),
-            plan: Plan { build, run: RunPlan::default() },
+            plan: Plan {
+                build,
+                run: RunPlan::default(),
+            },
         }
     }
 
@@ -202,7 +275,11 @@ mod tests {
             let mut tree = Tree::open(&layout).unwrap();
             let received = receive(&layout, tree.manifest(), &archive(files), "").unwrap();
             tree.apply(received.target, &received.staged).unwrap();
-            Self { _folder: folder, layout, tree }
+            Self {
+                _folder: folder,
+                layout,
+                tree,
+            }
         }
 
         fn receive(&self, body: &[u8]) -> Result<Received, ReceiveError> {
@@ -213,14 +290,28 @@ mod tests {
     #[test]
     fn a_change_arrives_as_its_difference_to_the_base() {
         let long = "line of text that is the same before and after\n".repeat(500);
-        let base = [("deleted", Kind::File, "1"), ("long", Kind::File, long.as_str()), ("same", Kind::File, "2")];
+        let base = [
+            ("deleted", Kind::File, "1"),
+            ("long", Kind::File, long.as_str()),
+            ("same", Kind::File, "2"),
+        ];
         let bench = Bench::new(&base);
         let edited = format!("{long}one more\n");
-        let target = [("long", Kind::File, edited.as_str()), ("new", Kind::Executable, "3"), ("same", Kind::File, "2")];
+        let target = [
+            ("long", Kind::File, edited.as_str()),
+            ("new", Kind::Executable, "3"),
+            ("same", Kind::File, "2"),
+        ];
         let prefix = archive(&base[..2]);
         let payload = compress(&archive(&target[..2]), &prefix, 19).unwrap();
         assert!(payload.len() < 150, "{} bytes", payload.len());
-        let body = preamble(&manifest(&base), manifest(&target).tree_digest(), &[1], &[0]).into_body(&payload);
+        let body = preamble(
+            &manifest(&base),
+            manifest(&target).tree_digest(),
+            &[1],
+            &[0],
+        )
+        .into_body(&payload);
         let received = bench.receive(&body).unwrap();
         assert_eq!(received.target, manifest(&target));
         assert_eq!((received.changed, received.deleted), (2, 1));
@@ -232,10 +323,13 @@ mod tests {
         let other = manifest(&[("a", Kind::File, "2")]);
         let body = preamble(&other, other.tree_digest(), &[], &[]).into_body(b"");
         let error = bench.receive(&body).err().unwrap();
-        assert!(matches!(error, ReceiveError::WrongBase { tree, .. } if tree == bench.tree.digest()));
+        assert!(
+            matches!(error, ReceiveError::WrongBase { tree, .. } if tree == bench.tree.digest())
+        );
         // Against nothing it brings everything, and fits anywhere.
         let payload = compress(&archive(&[("a", Kind::File, "2")]), b"", 3).unwrap();
-        let body = preamble(&Manifest::default(), other.tree_digest(), &[], &[]).into_body(&payload);
+        let body =
+            preamble(&Manifest::default(), other.tree_digest(), &[], &[]).into_body(&payload);
         assert_eq!(bench.receive(&body).unwrap().target, other);
     }
 
@@ -246,17 +340,32 @@ mod tests {
         let target = manifest(&[("a", Kind::File, "2")]).tree_digest();
         let payload = compress(&archive(&[("a", Kind::File, "3")]), &archive(&base), 19).unwrap();
         let body = preamble(&manifest(&base), target, &[0], &[]).into_body(&payload);
-        assert!(matches!(bench.receive(&body), Err(ReceiveError::Push(PushError::WrongTree { .. }))));
+        assert!(matches!(
+            bench.receive(&body),
+            Err(ReceiveError::Push(PushError::WrongTree { .. }))
+        ));
     }
 
     #[test]
     fn links_that_lead_outside_are_refused_by_name() {
         let bench = Bench::new(&[("a", Kind::File, "1")]);
-        for (name, target) in [("out", "../../etc/passwd"), ("abs", "/etc/passwd"), ("d/up", "../../x")] {
-            let error = bench.receive(&archive(&[(name, Kind::Symlink, target)])).err().unwrap().to_string();
+        for (name, target) in [
+            ("out", "../../etc/passwd"),
+            ("abs", "/etc/passwd"),
+            ("d/up", "../../x"),
+        ] {
+            let error = bench
+                .receive(&archive(&[(name, Kind::Symlink, target)]))
+                .err()
+                .unwrap()
+                .to_string();
             assert!(error.contains(name) && error.contains(target), "{error}");
         }
-        assert!(bench.receive(&archive(&[("in", Kind::Symlink, "a")])).is_ok());
+        assert!(
+            bench
+                .receive(&archive(&[("in", Kind::Symlink, "a")]))
+                .is_ok()
+        );
     }
 
     #[test]
@@ -281,10 +390,14 @@ mod tests {
     #[test]
     fn junk_changes_nothing_and_leaves_nothing() {
         let bench = Bench::new(&[("a", Kind::File, "1")]);
-        let whole = preamble(bench.tree.manifest(), bench.tree.digest(), &[0], &[]).into_body(b"not zstd");
+        let whole =
+            preamble(bench.tree.manifest(), bench.tree.digest(), &[0], &[]).into_body(b"not zstd");
         for body in [b"junk".as_slice(), b"rrun", &whole] {
             assert!(bench.receive(body).is_err());
         }
-        assert_eq!(std::fs::read_dir(bench.layout.staging()).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(bench.layout.staging()).unwrap().count(),
+            0
+        );
     }
 }

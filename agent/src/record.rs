@@ -12,7 +12,7 @@ use futures_util::{Stream, stream};
 use tokio::sync::watch;
 
 /// One record, shared by its writer and any number of followers.
-pub struct Record<T> {
+pub(crate) struct Record<T> {
     state: Mutex<State<T>>,
     /// Rises with every change; followers wait for it.
     version: watch::Sender<u64>,
@@ -31,7 +31,7 @@ struct State<T> {
 
 /// What a follower gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Item<T> {
+pub(crate) enum Item<T> {
     /// Number (from 1) and item.
     Kept(u64, T),
     /// Something that is not kept, with the number of the last kept item.
@@ -40,13 +40,23 @@ pub enum Item<T> {
 
 impl<T: Clone + Send + 'static> Record<T> {
     /// An empty record that keeps the last `capacity` items.
-    pub fn new(capacity: usize) -> Arc<Self> {
-        let state = State { items: VecDeque::new(), dropped: 0, passing: None, passing_shown: 0, finished: false };
-        Arc::new(Self { state: Mutex::new(state), version: watch::Sender::new(0), capacity })
+    pub(crate) fn new(capacity: usize) -> Arc<Self> {
+        let state = State {
+            items: VecDeque::new(),
+            dropped: 0,
+            passing: None,
+            passing_shown: 0,
+            finished: false,
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            version: watch::Sender::new(0),
+            capacity,
+        })
     }
 
     /// Appends `item`; after [`Self::finish`] it is ignored.
-    pub fn append(&self, item: T) {
+    pub(crate) fn append(&self, item: T) {
         self.change(|state| {
             if state.finished {
                 return;
@@ -61,7 +71,7 @@ impl<T: Clone + Send + 'static> Record<T> {
     }
 
     /// Shows `item` to who follows now; a later one replaces it, and nobody gets it afterwards.
-    pub fn show(&self, item: T) {
+    pub(crate) fn show(&self, item: T) {
         self.change(|state| {
             state.passing_shown += 1;
             state.passing = Some((state.passing_shown, item));
@@ -69,22 +79,15 @@ impl<T: Clone + Send + 'static> Record<T> {
     }
 
     /// Ends the record.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         self.change(|state| state.finished = true);
     }
 
-    /// Whether the record has ended.
-    pub fn is_finished(&self) -> bool {
-        self.lock().finished
-    }
-
-    /// The last kept item.
-    pub fn last(&self) -> Option<T> {
-        self.lock().items.back().cloned()
-    }
-
     /// Every item after number `from`, those to come included, until the record ends.
-    pub fn follow(self: &Arc<Self>, from: u64) -> impl Stream<Item = Item<T>> + Send + use<T> {
+    pub(crate) fn follow(
+        self: &Arc<Self>,
+        from: u64,
+    ) -> impl Stream<Item = Item<T>> + Send + use<T> {
         struct Follower<T> {
             record: Arc<Record<T>>,
             version: watch::Receiver<u64>,
@@ -103,7 +106,8 @@ impl<T: Clone + Send + 'static> Record<T> {
                 {
                     let state = follower.record.lock();
                     follower.next = follower.next.max(state.dropped + 1);
-                    let index = usize::try_from(follower.next - state.dropped - 1).unwrap_or(usize::MAX);
+                    let index =
+                        usize::try_from(follower.next - state.dropped - 1).unwrap_or(usize::MAX);
                     if let Some(item) = state.items.get(index).cloned() {
                         drop(state);
                         follower.next += 1;
@@ -112,7 +116,11 @@ impl<T: Clone + Send + 'static> Record<T> {
                     if state.finished {
                         return None;
                     }
-                    if let Some((number, item)) = state.passing.clone().filter(|(number, _)| *number > follower.passing_seen) {
+                    if let Some((number, item)) = state
+                        .passing
+                        .clone()
+                        .filter(|(number, _)| *number > follower.passing_seen)
+                    {
                         drop(state);
                         follower.passing_seen = number;
                         return Some((Item::Passing(follower.next - 1, item), follower));

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -21,12 +22,13 @@ use crate::{
     Workspace,
     app::AppSpec,
     authorize::Gate,
+    child,
+    clock::running_timeout,
     control,
     deploy::{Deployer, End},
     front,
     layout::Layout,
     output::Output,
-    platform,
     proxy::Proxy,
     publish::Generations,
     recipe,
@@ -34,6 +36,9 @@ use crate::{
     shared::Shared,
     tree::Tree,
 };
+
+/// How long answers under way may take once everything else has ended.
+const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// What `serve` is told.
 #[derive(Args, Debug)]
@@ -47,7 +52,12 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     workspace: Workspace,
     /// Public keys that may push, as `rrun key` prints them, one a line or between commas
-    #[arg(long, value_name = "KEYS", env = "RRUN_AUTHORIZED_KEYS", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "RRUN_AUTHORIZED_KEYS",
+        hide_env_values = true
+    )]
     authorized_keys: Option<String>,
     /// File with public keys that may push
     #[arg(long, value_name = "FILE", env = "RRUN_AUTHORIZED_KEYS_FILE")]
@@ -61,9 +71,11 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let keys = authorized_keys(&arguments)?;
     let layout = Layout::create(&arguments.workspace.folder)?;
     let _lock = lock(&layout)?;
-    platform::become_reaper();
+    tokio::spawn(child::reap_orphans());
     let address = SocketAddr::new(arguments.bind, arguments.port);
-    let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
     let port = listener.local_addr()?.port();
     let boot = new_boot_id()?;
 
@@ -72,15 +84,26 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let output = Output::new();
     let shared = Shared::new(layout.clone(), output.clone(), boot);
     let (service, route) = Service::new(output);
-    shared.set_service(service.watch());
-    let (deployer, requests) = Deployer::new(tree, generations, service, Arc::clone(&shared), app_environment());
+    shared.set_service(service.view());
+    let (deployer, requests) = Deployer::new(
+        tree,
+        generations,
+        service,
+        Arc::clone(&shared),
+        app_environment(),
+    );
     let stop = CancellationToken::new();
     let gate = Arc::new(Gate::new(keys, boot));
     let routes = control::routes(gate, Arc::clone(&shared), requests, stop.clone());
     let proxy = Arc::new(Proxy::new(route));
 
     let close = CancellationToken::new();
-    let front = tokio::spawn(front::serve(listener, routes, proxy, close.clone().cancelled_owned()));
+    let front = tokio::spawn(front::serve(
+        listener,
+        routes,
+        proxy,
+        close.clone().cancelled_owned(),
+    ));
     tokio::spawn(stop_at_signal(stop.clone())?);
     tokio::spawn(find_toolchain(Arc::clone(&shared)));
     tracing::info!("listening on {}", SocketAddr::new(arguments.bind, port));
@@ -90,7 +113,8 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
 
     let end = deployer.run(stop).await;
     close.cancel();
-    front.await.context("the front ended unexpectedly")?.context("cannot accept connections")?;
+    // Who follows a log would keep its connection for ever.
+    let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
     match end {
         End::Stopped => Ok(()),
         End::HandOver(spec) => Err(become_app(&spec, port)),
@@ -118,24 +142,31 @@ fn authorized_keys(arguments: &Arguments) -> anyhow::Result<Vec<PublicKey>> {
 /// Two agents in one workspace would build over each other.
 fn lock(layout: &Layout) -> anyhow::Result<fs::File> {
     let path = layout.state("lock");
-    let file = fs::File::create(&path).with_context(|| format!("cannot open `{}`", path.display()))?;
+    let file =
+        fs::File::create(&path).with_context(|| format!("cannot open `{}`", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => bail!("another agent works in this workspace: `{}` is locked", path.display()),
+        Err(fs::TryLockError::WouldBlock) => bail!(
+            "another agent works in this workspace: `{}` is locked",
+            path.display()
+        ),
         Err(fs::TryLockError::Error(error)) => Err(error).context("cannot lock the workspace"),
     }
 }
 
 fn new_boot_id() -> anyhow::Result<BootId> {
     let mut bytes = [0; 9];
-    getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("the system gives no random bytes: {error}"))?;
+    getrandom::fill(&mut bytes)
+        .map_err(|error| anyhow::anyhow!("the system gives no random bytes: {error}"))?;
     Ok(BootId::from_random(bytes))
 }
 
 /// The container's environment as the app gets it: all but what is rrun's own.
 fn app_environment() -> Vec<(OsString, OsString)> {
     let is_ours = |name: &OsString| name.as_encoded_bytes().starts_with(b"RRUN_");
-    std::env::vars_os().filter(|(name, _)| !is_ours(name)).collect()
+    std::env::vars_os()
+        .filter(|(name, _)| !is_ours(name))
+        .collect()
 }
 
 fn stop_at_signal(stop: CancellationToken) -> std::io::Result<impl Future<Output = ()> + Send> {

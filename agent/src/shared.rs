@@ -9,9 +9,7 @@ use rrun_protocol::{
     BootId, EventKind, HistoryEntry, MAX_EVENTS_KEPT, Manifest, PushId, Status, TreeDigest,
 };
 
-use tokio::sync::watch;
-
-use crate::{layout::Layout, output::Output, record::Record, service::ServiceStatus};
+use crate::{layout::Layout, output::Output, record::Record, service::ServiceView};
 
 /// Pushes whose events can be taken up again.
 const MAX_PUSHES: usize = 32;
@@ -23,18 +21,18 @@ const MAX_HISTORY: usize = 200;
 const HISTORY: &str = "history";
 
 /// The events of a push.
-pub type Events = Arc<Record<EventKind>>;
+pub(crate) type Events = Arc<Record<EventKind>>;
 /// The log of a build, line by line.
-pub type Log = Arc<Record<String>>;
+pub(crate) type Log = Arc<Record<String>>;
 
 /// Written by the deployer, read by the control routes.
-pub struct Shared {
+pub(crate) struct Shared {
     /// Where things lie.
     pub layout: Layout,
     /// What the app prints.
     pub output: Output,
     state: Mutex<State>,
-    service: OnceLock<watch::Receiver<ServiceStatus>>,
+    service: OnceLock<ServiceView>,
 }
 
 struct State {
@@ -48,7 +46,7 @@ struct State {
 
 impl Shared {
     /// An agent that has just started and serves nothing yet.
-    pub fn new(layout: Layout, output: Output, boot: BootId) -> Arc<Self> {
+    pub(crate) fn new(layout: Layout, output: Output, boot: BootId) -> Arc<Self> {
         let manifest = Arc::<Manifest>::default();
         let status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -67,20 +65,32 @@ impl Shared {
         };
         let history = layout.load(HISTORY).unwrap_or_default();
         let (pushes, builds) = (VecDeque::new(), VecDeque::new());
-        let state = State { status, manifest, pushes, builds, last_build: 0, history };
-        Arc::new(Self { layout, output, state: Mutex::new(state), service: OnceLock::new() })
+        let state = State {
+            status,
+            manifest,
+            pushes,
+            builds,
+            last_build: 0,
+            history,
+        };
+        Arc::new(Self {
+            layout,
+            output,
+            state: Mutex::new(state),
+            service: OnceLock::new(),
+        })
     }
 
     /// Lets [`Self::status`] say how the app's process is doing.
-    pub fn set_service(&self, service: watch::Receiver<ServiceStatus>) {
+    pub(crate) fn set_service(&self, service: ServiceView) {
         let _ = self.service.set(service);
     }
 
     /// The agent's state at this moment.
-    pub fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         let mut status = self.lock().status.clone();
         if let Some(service) = self.service.get() {
-            let service = service.borrow();
+            let service = service.status();
             status.state = service.state.to_owned();
             status.process = service.process;
             status.restarts = service.restarts;
@@ -89,12 +99,12 @@ impl Shared {
     }
 
     /// Changes what [`Self::status`] says.
-    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.lock().status);
     }
 
     /// Notes which tree lies here.
-    pub fn set_tree(&self, manifest: &Manifest, digest: TreeDigest) {
+    pub(crate) fn set_tree(&self, manifest: &Manifest, digest: TreeDigest) {
         let manifest = Arc::new(manifest.clone());
         let mut state = self.lock();
         state.status.files = manifest.len();
@@ -103,17 +113,21 @@ impl Shared {
     }
 
     /// The tree that lies here.
-    pub fn manifest(&self) -> Arc<Manifest> {
+    pub(crate) fn manifest(&self) -> Arc<Manifest> {
         Arc::clone(&self.lock().manifest)
     }
 
     /// The events of a push that is or was under way.
-    pub fn events(&self, push: PushId) -> Option<Events> {
-        self.lock().pushes.iter().find(|(id, _)| *id == push).map(|(_, events)| Arc::clone(events))
+    pub(crate) fn events(&self, push: PushId) -> Option<Events> {
+        self.lock()
+            .pushes
+            .iter()
+            .find(|(id, _)| *id == push)
+            .map(|(_, events)| Arc::clone(events))
     }
 
     /// Starts the events of a push.
-    pub fn start_push(&self, push: PushId) -> Events {
+    pub(crate) fn start_push(&self, push: PushId) -> Events {
         let events = Record::new(MAX_EVENTS_KEPT);
         let mut state = self.lock();
         state.pushes.push_back((push, Arc::clone(&events)));
@@ -124,7 +138,7 @@ impl Shared {
     }
 
     /// Starts the log of a build and numbers it.
-    pub fn start_build(&self) -> (u64, Log) {
+    pub(crate) fn start_build(&self) -> (u64, Log) {
         let log = Record::new(MAX_EVENTS_KEPT);
         let mut state = self.lock();
         state.last_build += 1;
@@ -137,7 +151,7 @@ impl Shared {
     }
 
     /// The log of a build, the latest one if `number` is `None`.
-    pub fn build_log(&self, number: Option<u64>) -> Option<Log> {
+    pub(crate) fn build_log(&self, number: Option<u64>) -> Option<Log> {
         let state = self.lock();
         let found = match number {
             Some(number) => state.builds.iter().find(|(id, _)| *id == number),
@@ -147,12 +161,12 @@ impl Shared {
     }
 
     /// What was pushed, newest last.
-    pub fn history(&self) -> Vec<HistoryEntry> {
+    pub(crate) fn history(&self) -> Vec<HistoryEntry> {
         self.lock().history.iter().cloned().collect()
     }
 
     /// Adds a line to the history.
-    pub fn remember(&self, entry: HistoryEntry) {
+    pub(crate) fn remember(&self, entry: HistoryEntry) {
         let history = {
             let mut state = self.lock();
             state.history.push_back(entry);

@@ -42,7 +42,7 @@ const TICK: Duration = Duration::from_millis(20);
 const MAX_BUILD_PLANS: usize = 8;
 
 /// The tree, with everything needed to change it safely.
-pub struct Tree {
+pub(crate) struct Tree {
     layout: Layout,
     folder: Dir,
     manifest: Manifest,
@@ -65,7 +65,7 @@ struct Stamp {
 /// Files that were written or deleted since a build plan last succeeded, each with the units that were compiled since then.
 ///
 /// A build that fails late has compiled some units already, and those are rightly fresh in the next one.
-pub type TouchedFiles = BTreeMap<TreePath, BTreeSet<String>>;
+pub(crate) type TouchedFiles = BTreeMap<TreePath, BTreeSet<String>>;
 
 /// The touched files of each build plan.
 type Touched = BTreeMap<Digest, TouchedFiles>;
@@ -79,25 +79,27 @@ struct Journal {
 }
 
 /// New files on their way into the tree, in a folder of their own that goes when this does.
-pub struct Staged {
+pub(crate) struct Staged {
     folder: tempfile::TempDir,
 }
 
 /// What an apply did.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Applied {
+pub(crate) struct Applied {
     /// Files of the tree that something other than a push had changed, and that were put back first.
     pub restored: Vec<TreePath>,
 }
 
 impl Staged {
     /// An empty folder to receive files into.
-    pub fn new(layout: &Layout) -> io::Result<Self> {
-        Ok(Self { folder: tempfile::TempDir::new_in(layout.staging())? })
+    pub(crate) fn new(layout: &Layout) -> io::Result<Self> {
+        Ok(Self {
+            folder: tempfile::TempDir::new_in(layout.staging())?,
+        })
     }
 
     /// Stores one file's content as it comes in, under its digest.
-    pub fn store(&self, kind: Kind, content: &mut dyn Read) -> io::Result<Entry> {
+    pub(crate) fn store(&self, kind: Kind, content: &mut dyn Read) -> io::Result<Entry> {
         let mut file = tempfile::NamedTempFile::new_in(self.folder.path())?;
         let (size, digest) = copy_and_digest(content, file.as_file_mut())?;
         file.persist(self.folder.path().join(digest.to_string()))?;
@@ -105,14 +107,14 @@ impl Staged {
     }
 
     /// The content of a staged file.
-    pub fn read(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+    pub(crate) fn read(&self, digest: &Digest) -> io::Result<Vec<u8>> {
         fs::read(self.folder.path().join(digest.to_string()))
     }
 }
 
 impl Tree {
     /// Opens the tree: carries out what a crash interrupted, then checks every file against the manifest and restores what differs.
-    pub fn open(layout: &Layout) -> anyhow::Result<Self> {
+    pub(crate) fn open(layout: &Layout) -> anyhow::Result<Self> {
         empty(&layout.staging())?;
         let path = layout.tree();
         let folder = Dir::open_ambient_dir(&path, ambient_authority())
@@ -137,12 +139,14 @@ impl Tree {
     }
 
     /// Takes the files that lie in the tree's folder as the tree, as when an image was built. `.git` folders are left out.
-    pub fn adopt(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn adopt(&mut self) -> anyhow::Result<()> {
         let staged = Staged::new(&self.layout)?;
         let mut entries = Vec::new();
         let mut folders = vec![self.layout.tree()];
         while let Some(folder) = folders.pop() {
-            for item in fs::read_dir(&folder).with_context(|| format!("cannot read `{}`", folder.display()))? {
+            for item in fs::read_dir(&folder)
+                .with_context(|| format!("cannot read `{}`", folder.display()))?
+            {
                 let path = item?.path();
                 let relative = path.strip_prefix(self.layout.tree())?;
                 if path.file_name().is_some_and(|name| name == ".git") {
@@ -159,7 +163,11 @@ impl Tree {
                     staged.store(Kind::Symlink, &mut target.as_os_str().as_encoded_bytes())?
                 } else {
                     let executable = metadata.permissions().mode() & 0o100 != 0;
-                    let kind = if executable { Kind::Executable } else { Kind::File };
+                    let kind = if executable {
+                        Kind::Executable
+                    } else {
+                        Kind::File
+                    };
                     staged.store(kind, &mut fs::File::open(&path)?)?
                 };
                 self.stamps.insert(relative.clone(), Stamp::of(&metadata));
@@ -171,12 +179,12 @@ impl Tree {
     }
 
     /// The tree's files.
-    pub fn manifest(&self) -> &Manifest {
+    pub(crate) fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
     /// The tree's identity.
-    pub fn digest(&self) -> TreeDigest {
+    pub(crate) fn digest(&self) -> TreeDigest {
         self.digest
     }
 
@@ -184,43 +192,67 @@ impl Tree {
     ///
     /// On an error before the commit point nothing has changed; after it, the next start finishes what this began.
     /// No process may be building in the tree.
-    pub fn apply(&mut self, target: Manifest, staged: &Staged) -> anyhow::Result<Applied> {
+    pub(crate) fn apply(&mut self, target: Manifest, staged: &Staged) -> anyhow::Result<Applied> {
         let restored = self.changed_behind_our_back()?;
         let write: Vec<TreePath> = target
             .iter()
-            .filter(|(path, entry)| self.manifest.get(path.as_str()) != Some(*entry) || restored.contains(*path))
+            .filter(|(path, entry)| {
+                self.manifest.get(path.as_str()) != Some(*entry) || restored.contains(*path)
+            })
             .map(|(path, _)| path.clone())
             .collect();
-        let delete: Vec<TreePath> =
-            self.manifest.iter().map(|(path, _)| path).filter(|path| target.get(path.as_str()).is_none()).cloned().collect();
+        let delete: Vec<TreePath> = self
+            .manifest
+            .iter()
+            .map(|(path, _)| path)
+            .filter(|path| target.get(path.as_str()).is_none())
+            .cloned()
+            .collect();
         if !write.is_empty() || !delete.is_empty() {
             self.take_over(staged)?;
             self.touch(write.iter().chain(&delete))?;
-            let journal = Journal { target, write, delete };
+            let journal = Journal {
+                target,
+                write,
+                delete,
+            };
             self.layout.store(JOURNAL, &journal)?;
             self.carry_out(journal)?;
         }
-        Ok(Applied { restored: restored.into_iter().collect() })
+        Ok(Applied {
+            restored: restored.into_iter().collect(),
+        })
     }
 
     /// Files written or deleted since `build_plan` last succeeded; all that is known to be touched, if it never did.
-    pub fn touched(&self, build_plan: &Digest) -> TouchedFiles {
+    pub(crate) fn touched(&self, build_plan: &Digest) -> TouchedFiles {
         match self.touched.get(build_plan) {
             Some(touched) => touched.clone(),
-            None => self.touched.values().flat_map(BTreeMap::keys).map(|path| (path.clone(), BTreeSet::new())).collect(),
+            None => self
+                .touched
+                .values()
+                .flat_map(BTreeMap::keys)
+                .map(|path| (path.clone(), BTreeSet::new()))
+                .collect(),
         }
     }
 
     /// Notes that a build by `build_plan` did not succeed but compiled `units`.
-    pub fn partly_built(&mut self, build_plan: Digest, units: &BTreeSet<String>) -> anyhow::Result<()> {
+    pub(crate) fn partly_built(
+        &mut self,
+        build_plan: Digest,
+        units: &BTreeSet<String>,
+    ) -> anyhow::Result<()> {
         let mut touched = self.touched(&build_plan);
-        touched.values_mut().for_each(|compiled| compiled.extend(units.iter().cloned()));
+        touched
+            .values_mut()
+            .for_each(|compiled| compiled.extend(units.iter().cloned()));
         self.touched.insert(build_plan, touched);
         self.layout.store(TOUCHED, &self.touched)
     }
 
     /// Notes that a build of the present tree by `build_plan` succeeded.
-    pub fn built(&mut self, build_plan: Digest) -> anyhow::Result<()> {
+    pub(crate) fn built(&mut self, build_plan: Digest) -> anyhow::Result<()> {
         if self.touched.len() >= MAX_BUILD_PLANS && !self.touched.contains_key(&build_plan) {
             self.touched.pop_first();
         }
@@ -228,24 +260,22 @@ impl Tree {
         self.layout.store(TOUCHED, &self.touched)
     }
 
-    /// Whether `build_plan` has succeeded for exactly the present tree.
-    pub fn is_built(&self, build_plan: &Digest) -> bool {
-        self.touched.get(build_plan).is_some_and(BTreeMap::is_empty)
-    }
-
     /// Notes that a build's processes are gone, so that files written from now on are newer than all it made.
-    pub fn build_ended(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn build_ended(&mut self) -> anyhow::Result<()> {
         self.last_build = now().max(self.last_build);
         self.layout.store(LAST_BUILD, &self.last_build)
     }
 
     /// Reads a pristine file of the tree, checked against its digest.
-    pub fn content(layout: &Layout, digest: &Digest) -> io::Result<Vec<u8>> {
+    pub(crate) fn content(layout: &Layout, digest: &Digest) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
         let file = fs::File::open(layout.contents().join(digest.to_string()))?;
         file.take(MAX_PREFIX_BYTES).read_to_end(&mut content)?;
         if Digest::of(&content) != *digest {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a pristine copy of a file is damaged"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a pristine copy of a file is damaged",
+            ));
         }
         Ok(content)
     }
@@ -256,9 +286,16 @@ impl Tree {
             let metadata = fs::metadata(self.layout.contents().join(entry.digest.to_string()));
             metadata.is_ok_and(|metadata| metadata.len() == entry.size)
         };
-        let (kept, lost): (Vec<_>, Vec<_>) = self.manifest.clone().into_iter().partition(|(_, entry)| is_there(entry));
+        let (kept, lost): (Vec<_>, Vec<_>) = self
+            .manifest
+            .clone()
+            .into_iter()
+            .partition(|(_, entry)| is_there(entry));
         if !lost.is_empty() {
-            tracing::warn!(files = lost.len(), "files of the tree are lost; the next push sends them again");
+            tracing::warn!(
+                files = lost.len(),
+                "files of the tree are lost; the next push sends them again"
+            );
             self.touch(lost.iter().map(|(path, _)| path))?;
             lost.iter().try_for_each(|(path, _)| self.delete(path))?;
             self.set_manifest(Manifest::new(kept)?)?;
@@ -272,7 +309,11 @@ impl Tree {
         if !differing.is_empty() {
             self.touch(differing.iter())?;
             let target = self.manifest.clone();
-            self.carry_out(Journal { target, write: differing.into_iter().collect(), delete: Vec::new() })?;
+            self.carry_out(Journal {
+                target,
+                write: differing.into_iter().collect(),
+                delete: Vec::new(),
+            })?;
         }
         Ok(())
     }
@@ -282,7 +323,9 @@ impl Tree {
         let mut changed = BTreeSet::new();
         for (path, entry) in self.manifest.iter() {
             let on_disk = self.layout.tree().join(path);
-            let stamp = fs::symlink_metadata(&on_disk).ok().map(|metadata| Stamp::of(&metadata));
+            let stamp = fs::symlink_metadata(&on_disk)
+                .ok()
+                .map(|metadata| Stamp::of(&metadata));
             if stamp.is_some() && stamp.as_ref() == self.stamps.get(path) {
                 continue;
             }
@@ -302,13 +345,17 @@ impl Tree {
     fn take_over(&self, staged: &Staged) -> anyhow::Result<()> {
         for item in fs::read_dir(staged.folder.path())? {
             let item = item?;
-            fs::rename(item.path(), self.layout.contents().join(item.file_name())).context("cannot keep a received file")?;
+            fs::rename(item.path(), self.layout.contents().join(item.file_name()))
+                .context("cannot keep a received file")?;
         }
         Ok(())
     }
 
     /// Notes `paths` as touched for every build plan, before they change.
-    fn touch<'p>(&mut self, paths: impl Iterator<Item = &'p TreePath> + Clone) -> anyhow::Result<()> {
+    fn touch<'p>(
+        &mut self,
+        paths: impl Iterator<Item = &'p TreePath> + Clone,
+    ) -> anyhow::Result<()> {
         for touched in self.touched.values_mut() {
             touched.extend(paths.clone().map(|path| (path.clone(), BTreeSet::new())));
         }
@@ -319,15 +366,22 @@ impl Tree {
     fn carry_out(&mut self, journal: Journal) -> anyhow::Result<()> {
         let time = self.time_for_changed_files();
         for path in &journal.delete {
-            self.delete(path).with_context(|| format!("cannot delete `{path}`"))?;
+            self.delete(path)
+                .with_context(|| format!("cannot delete `{path}`"))?;
         }
         for path in &journal.write {
-            let entry = journal.target.get(path.as_str()).context("the journal names a file that its tree does not have")?;
-            self.write(path, entry, time).with_context(|| format!("cannot write `{path}`"))?;
+            let entry = journal
+                .target
+                .get(path.as_str())
+                .context("the journal names a file that its tree does not have")?;
+            self.write(path, entry, time)
+                .with_context(|| format!("cannot write `{path}`"))?;
         }
         self.set_manifest(journal.target)?;
         match fs::remove_file(self.layout.state(JOURNAL)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context("cannot remove the journal"),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context("cannot remove the journal")
+            }
             _ => Ok(()),
         }
     }
@@ -335,16 +389,25 @@ impl Tree {
     fn set_manifest(&mut self, manifest: Manifest) -> anyhow::Result<()> {
         self.layout.store(MANIFEST, &manifest)?;
         self.digest = manifest.tree_digest();
-        self.stamps.retain(|path, _| manifest.get(path.as_str()).is_some());
+        self.stamps
+            .retain(|path, _| manifest.get(path.as_str()).is_some());
         self.manifest = manifest;
         self.drop_unused_contents()
     }
 
     fn drop_unused_contents(&self) -> anyhow::Result<()> {
-        let used: HashSet<String> = self.manifest.iter().map(|(_, entry)| entry.digest.to_string()).collect();
+        let used: HashSet<String> = self
+            .manifest
+            .iter()
+            .map(|(_, entry)| entry.digest.to_string())
+            .collect();
         for item in fs::read_dir(self.layout.contents())? {
             let item = item?;
-            if !item.file_name().to_str().is_some_and(|name| used.contains(name)) {
+            if !item
+                .file_name()
+                .to_str()
+                .is_some_and(|name| used.contains(name))
+            {
                 fs::remove_file(item.path())?;
             }
         }
@@ -383,7 +446,11 @@ impl Tree {
         if entry.kind == Kind::Symlink {
             std::os::unix::fs::symlink(fs::read_to_string(&pristine)?, &new)?;
         } else {
-            let mode = if entry.kind == Kind::Executable { 0o755 } else { 0o644 };
+            let mode = if entry.kind == Kind::Executable {
+                0o755
+            } else {
+                0o644
+            };
             let mut file = fs::File::create(&new)?;
             let (_, digest) = copy_and_digest(&mut fs::File::open(&pristine)?, &mut file)?;
             anyhow::ensure!(digest == entry.digest, "its pristine copy is damaged");
@@ -392,7 +459,10 @@ impl Tree {
         }
         let folder = self.folder_for(path)?;
         let name = Path::new(path.file_name());
-        if folder.symlink_metadata(name).is_ok_and(|metadata| metadata.is_dir()) {
+        if folder
+            .symlink_metadata(name)
+            .is_ok_and(|metadata| metadata.is_dir())
+        {
             folder.remove_dir_all(name)?;
         }
         Dir::open_ambient_dir(staging.path(), ambient_authority())?.rename("new", &folder, name)?;
@@ -404,7 +474,9 @@ impl Tree {
     /// The folder that `path` lies in, made if needed. Whatever stands in the way and is no real folder goes, links above all.
     fn folder_for(&self, path: &TreePath) -> io::Result<Dir> {
         let mut folder = self.folder.try_clone()?;
-        let Some(parent) = path.parent() else { return Ok(folder) };
+        let Some(parent) = path.parent() else {
+            return Ok(folder);
+        };
         for component in parent.as_str().split('/') {
             match folder.symlink_metadata(component) {
                 Ok(metadata) if metadata.is_dir() => {}
@@ -435,11 +507,22 @@ impl Stamp {
 fn read_entry(path: &Path) -> io::Result<Entry> {
     let metadata = fs::symlink_metadata(path)?;
     if metadata.is_symlink() {
-        return Ok(Entry::of(Kind::Symlink, fs::read_link(path)?.as_os_str().as_encoded_bytes()));
+        return Ok(Entry::of(
+            Kind::Symlink,
+            fs::read_link(path)?.as_os_str().as_encoded_bytes(),
+        ));
     }
     let executable = metadata.permissions().mode() & 0o100 != 0;
     let (size, digest) = copy_and_digest(&mut fs::File::open(path)?, &mut io::sink())?;
-    Ok(Entry { kind: if executable { Kind::Executable } else { Kind::File }, size, digest })
+    Ok(Entry {
+        kind: if executable {
+            Kind::Executable
+        } else {
+            Kind::File
+        },
+        size,
+        digest,
+    })
 }
 
 fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u64, Digest)> {
@@ -463,14 +546,20 @@ fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u
 fn empty(folder: &Path) -> anyhow::Result<()> {
     for item in fs::read_dir(folder)? {
         let path: PathBuf = item?.path();
-        let removed = if path.is_dir() && !path.is_symlink() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let removed = if path.is_dir() && !path.is_symlink() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
         removed.with_context(|| format!("cannot remove `{}`", path.display()))?;
     }
     Ok(())
 }
 
 fn now() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -490,7 +579,10 @@ mod tests {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
             let layout = Layout::create(folder.path()).unwrap();
-            Self { _folder: folder, layout }
+            Self {
+                _folder: folder,
+                layout,
+            }
         }
 
         fn open(&self) -> Tree {
@@ -502,7 +594,10 @@ mod tests {
             let entries: Vec<_> = files
                 .iter()
                 .map(|(path, kind, content)| {
-                    (TreePath::new(*path).unwrap(), staged.store(*kind, &mut content.as_bytes()).unwrap())
+                    (
+                        TreePath::new(*path).unwrap(),
+                        staged.store(*kind, &mut content.as_bytes()).unwrap(),
+                    )
                 })
                 .collect();
             (Manifest::new(entries).unwrap(), staged)
@@ -531,7 +626,13 @@ mod tests {
                     if path.is_dir() && !path.is_symlink() {
                         folders.push(path);
                     } else {
-                        found.push(path.strip_prefix(self.layout.tree()).unwrap().to_str().unwrap().to_owned());
+                        found.push(
+                            path.strip_prefix(self.layout.tree())
+                                .unwrap()
+                                .to_str()
+                                .unwrap()
+                                .to_owned(),
+                        );
                     }
                 }
             }
@@ -552,16 +653,30 @@ mod tests {
     fn the_tree_becomes_the_target_whatever_moved() {
         let bench = Bench::new();
         let mut tree = bench.open();
-        bench.apply(&mut tree, &[file("foo.rs", "1"), file("a/b/c", "2"), file("x", "3")]);
-        let target = [file("foo/mod.rs", "1"), ("x", Kind::Executable, "3"), ("link", Kind::Symlink, "foo/mod.rs")];
+        bench.apply(
+            &mut tree,
+            &[file("foo.rs", "1"), file("a/b/c", "2"), file("x", "3")],
+        );
+        let target = [
+            file("foo/mod.rs", "1"),
+            ("x", Kind::Executable, "3"),
+            ("link", Kind::Symlink, "foo/mod.rs"),
+        ];
         bench.apply(&mut tree, &target);
         assert_eq!(bench.files(), ["foo/mod.rs", "link", "x"]);
         assert!(!bench.path("a").exists(), "folders that became empty go");
-        assert_eq!(fs::metadata(bench.path("x")).unwrap().permissions().mode() & 0o777, 0o755);
+        assert_eq!(
+            fs::metadata(bench.path("x")).unwrap().permissions().mode() & 0o777,
+            0o755
+        );
         assert_eq!(bench.read("link"), "1");
         let (expected, _staged) = bench.stage(&target);
         assert_eq!(tree.digest(), expected.tree_digest());
-        assert_eq!(bench.open().digest(), expected.tree_digest(), "it is remembered");
+        assert_eq!(
+            bench.open().digest(),
+            expected.tree_digest(),
+            "it is remembered"
+        );
         bench.apply(&mut tree, &[file("foo", "file again")]);
         assert_eq!(bench.files(), ["foo"]);
     }
@@ -576,8 +691,14 @@ mod tests {
         tree.last_build = now() + Duration::from_secs(3600);
         bench.apply(&mut tree, &[file("same", "1"), file("changed", "2")]);
         assert_eq!(modified(&bench.path("same")), before);
-        let changed = modified(&bench.path("changed")).duration_since(UNIX_EPOCH).unwrap();
-        assert!(changed >= tree.last_build + TICK, "{changed:?} {:?}", tree.last_build);
+        let changed = modified(&bench.path("changed"))
+            .duration_since(UNIX_EPOCH)
+            .unwrap();
+        assert!(
+            changed >= tree.last_build + TICK,
+            "{changed:?} {:?}",
+            tree.last_build
+        );
     }
 
     #[test]
@@ -595,15 +716,32 @@ mod tests {
     fn what_the_build_changed_is_put_back_and_named() {
         let bench = Bench::new();
         let mut tree = bench.open();
-        let files = [file("Cargo.lock", "pushed"), file("other", "1"), file("gone", "2")];
+        let files = [
+            file("Cargo.lock", "pushed"),
+            file("other", "1"),
+            file("gone", "2"),
+        ];
         bench.apply(&mut tree, &files);
         fs::write(bench.path("Cargo.lock"), "longer than pushed").unwrap();
         fs::write(bench.path("generated"), "not pushed").unwrap();
         fs::remove_file(bench.path("gone")).unwrap();
         let applied = bench.apply(&mut tree, &files);
-        assert_eq!(applied.restored, ["Cargo.lock", "gone"].map(|path| TreePath::new(path).unwrap()));
-        assert_eq!((bench.read("Cargo.lock").as_str(), bench.read("gone").as_str()), ("pushed", "2"));
-        assert_eq!(bench.read("generated"), "not pushed", "what was not pushed is left alone");
+        assert_eq!(
+            applied.restored,
+            ["Cargo.lock", "gone"].map(|path| TreePath::new(path).unwrap())
+        );
+        assert_eq!(
+            (
+                bench.read("Cargo.lock").as_str(),
+                bench.read("gone").as_str()
+            ),
+            ("pushed", "2")
+        );
+        assert_eq!(
+            bench.read("generated"),
+            "not pushed",
+            "what was not pushed is left alone"
+        );
         // The same while the agent was not running.
         fs::write(bench.path("other"), "x").unwrap();
         bench.open();
@@ -619,7 +757,13 @@ mod tests {
         std::os::unix::fs::symlink(outside.path().join("target"), bench.path("file")).unwrap();
         bench.apply(&mut tree, &[file("src/main.rs", "1"), file("file", "2")]);
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
-        assert_eq!((bench.read("src/main.rs").as_str(), bench.read("file").as_str()), ("1", "2"));
+        assert_eq!(
+            (
+                bench.read("src/main.rs").as_str(),
+                bench.read("file").as_str()
+            ),
+            ("1", "2")
+        );
         assert!(!bench.path("file").is_symlink());
     }
 
@@ -629,10 +773,19 @@ mod tests {
         let mut tree = bench.open();
         bench.apply(&mut tree, &[file("a", "1"), file("b", "1"), file("c", "1")]);
         let (target, staged) = bench.stage(&[file("a", "2"), file("b", "2"), file("d", "2")]);
-        let paths = |names: &[&str]| names.iter().map(|name| TreePath::new(*name).unwrap()).collect::<Vec<_>>();
+        let paths = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| TreePath::new(*name).unwrap())
+                .collect::<Vec<_>>()
+        };
         // As far as the commit point, and half of what follows it.
         tree.take_over(&staged).unwrap();
-        let journal = Journal { target: target.clone(), write: paths(&["a", "b", "d"]), delete: paths(&["c"]) };
+        let journal = Journal {
+            target: target.clone(),
+            write: paths(&["a", "b", "d"]),
+            delete: paths(&["c"]),
+        };
         bench.layout.store(JOURNAL, &journal).unwrap();
         fs::write(bench.path("a"), "2").unwrap();
         drop(tree);
@@ -662,14 +815,22 @@ mod tests {
         tree.built(dev).unwrap();
         bench.apply(&mut tree, &[file("a", "1")]);
         bench.apply(&mut tree, &[file("a", "1"), file("b", "1")]);
-        tree.partly_built(dev, &BTreeSet::from(["unit".to_owned()])).unwrap();
+        tree.partly_built(dev, &BTreeSet::from(["unit".to_owned()]))
+            .unwrap();
         bench.apply(&mut tree, &[file("a", "1"), file("b", "2")]);
         drop(tree);
         let mut tree = bench.open();
         let touched = tree.touched(&dev);
-        let compiled: Vec<(&str, usize)> = touched.iter().map(|(path, units)| (path.as_str(), units.len())).collect();
+        let compiled: Vec<(&str, usize)> = touched
+            .iter()
+            .map(|(path, units)| (path.as_str(), units.len()))
+            .collect();
         assert_eq!(compiled, [("a", 1), ("b", 0)]);
-        assert_eq!(tree.touched(&release).len(), 2, "a plan that never built takes all for touched");
+        assert_eq!(
+            tree.touched(&release).len(),
+            2,
+            "a plan that never built takes all for touched"
+        );
         tree.built(dev).unwrap();
         assert!(tree.touched(&dev).is_empty());
     }
@@ -685,7 +846,10 @@ mod tests {
         let mut tree = bench.open();
         let before = modified(&bench.path("src/main.rs"));
         tree.adopt().unwrap();
-        let (expected, _staged) = bench.stage(&[file("src/main.rs", "fn main() {}"), ("link", Kind::Symlink, "src/main.rs")]);
+        let (expected, _staged) = bench.stage(&[
+            file("src/main.rs", "fn main() {}"),
+            ("link", Kind::Symlink, "src/main.rs"),
+        ]);
         assert_eq!(tree.digest(), expected.tree_digest());
         assert_eq!(bench.open().digest(), expected.tree_digest());
         assert_eq!(modified(&bench.path("src/main.rs")), before);

@@ -46,13 +46,34 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
     let layout = Layout::create(&arguments.workspace.folder)?;
     let mut tree = Tree::open(&layout)?;
     tree.adopt()?;
-    ensure!(!tree.manifest().is_empty(), "there is no source in `{}`", layout.tree().display());
+    ensure!(
+        !tree.manifest().is_empty(),
+        "there is no source in `{}`",
+        layout.tree().display()
+    );
     let plan = {
-        let Arguments { directory, package, bin, features, release, .. } = arguments;
+        let Arguments {
+            directory,
+            package,
+            bin,
+            features,
+            release,
+            ..
+        } = arguments;
         let folder = layout.tree().join(directory);
-        let output = recipe::metadata(&folder).output().await.context("cargo cannot read the tree")?;
-        let metadata = serde_json::from_slice(&output).context("cannot understand what `cargo metadata` prints")?;
-        let selection = Selection { package, bin, features, release, swap: None };
+        let output = recipe::metadata(&folder)
+            .output()
+            .await
+            .context("cargo cannot read the tree")?;
+        let metadata = serde_json::from_slice(&output)
+            .context("cannot understand what `cargo metadata` prints")?;
+        let selection = Selection {
+            package,
+            bin,
+            features,
+            release,
+            swap: None,
+        };
         Project::resolve(&metadata, &layout.tree(), &folder, &selection)?.plan
     };
     let build_plan = plan.build.digest();
@@ -69,20 +90,23 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
     tree.build_ended()?;
     let built = match built {
         Ok(built) => built,
-        Err(CompileError::Failed(status)) => bail!("the tree does not compile: cargo ended with {status}"),
+        Err(CompileError::Failed(status)) => {
+            bail!("the tree does not compile: cargo ended with {status}")
+        }
         Err(error) => return Err(error.into()),
     };
     tree.built(build_plan)?;
     let mut generations = Generations::open(&layout)?;
     let digest = tree.digest();
-    let generation = generations.publish(&built.executable, tree.manifest(), |number| Generation {
-        number,
-        tree: digest,
-        plan,
-        by: String::new(),
-        push: None,
-        time: seconds_since_1970(),
-    })?;
+    let generation =
+        generations.publish(&built.executable, tree.manifest(), |number| Generation {
+            number,
+            tree: digest,
+            plan,
+            by: String::new(),
+            push: None,
+            time: seconds_since_1970(),
+        })?;
     generations.set_serving(generation.number)
 }
 
