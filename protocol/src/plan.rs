@@ -89,6 +89,17 @@ impl Default for RunPlan {
     }
 }
 
+impl BuildPlan {
+    /// Names the build plan: builds with equal digests keep each other's artefacts fresh.
+    pub fn digest(&self) -> Digest {
+        digest_of(self)
+    }
+}
+
+fn digest_of(value: &impl Serialize) -> Digest {
+    Digest::of(&postcard::to_stdvec(value).expect("plain values into memory always serialize"))
+}
+
 impl Plan {
     /// Names the plan: two pushes of one tree with the same digest here serve the same.
     ///
@@ -102,6 +113,6 @@ impl Plan {
             ..
         } = &self.run;
         let named = (&self.build, args, environment, working_directory, assets);
-        Digest::of(&postcard::to_stdvec(&named).expect("plain values into memory always serialize"))
+        digest_of(&named)
     }
 }

@@ -1,0 +1,838 @@
+//! The one owner of the agent's state: takes pushes in turn, the newest first, and carries each through
+//! apply → compile → publish → swap.
+//!
+//! [`Deployer::run`] is the queue: a newer push stops the one under way, which then knows by which. [`Worker::push`] is the
+//! pipeline; every push leaves it with exactly one report. What a stage does lies in the stage's own file.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::OsString,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use rrun_protocol::{
+    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection,
+    SwapMode, Timings, TreeDigest,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    app::AppSpec,
+    authorize::seconds_since_1970,
+    compile::{BuildLog, CompileError, compile},
+    output::OutputLine,
+    publish::{Generation, Generations},
+    receive::Received,
+    recipe,
+    service::{ReplaceError, Replaced, Service},
+    shared::{Events, Log, Shared},
+    tree::Tree,
+};
+
+/// Requests that wait for the deployer; each holds a received push, so few.
+const MAX_WAITING: usize = 16;
+
+/// Lines of the app's output that are shown when it did not become ready.
+const SHOWN_OUTPUT: usize = 50;
+
+/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
+
+/// What the control routes ask for.
+pub(crate) enum Request {
+    /// Make this tree serve.
+    Push {
+        /// Chosen by the laptop.
+        id: PushId,
+        /// The checked push.
+        received: Box<Received>,
+        /// Who signed it.
+        by: String,
+        /// Gets the push's events, or the tree that lies here if the push starts from another one.
+        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+    },
+    /// Swap to a kept generation, the one before the serving one if none is named.
+    Rollback {
+        /// Names the exchange.
+        id: PushId,
+        /// Which one.
+        generation: Option<u64>,
+        /// Who asks.
+        by: String,
+        /// Gets the events.
+        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+    },
+    /// Start the serving generation anew.
+    Restart {
+        /// Names the exchange.
+        id: PushId,
+        /// Who asks.
+        by: String,
+        /// Gets the events.
+        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+    },
+    /// End the push under way, if it is the named one or none is named.
+    Cancel {
+        /// Which one.
+        push: Option<PushId>,
+        /// Gets whether there was one.
+        answer: oneshot::Sender<bool>,
+    },
+    /// Stop the app.
+    Stop {
+        /// Told when it is gone.
+        answer: oneshot::Sender<()>,
+    },
+}
+
+/// How the deployer ended.
+pub(crate) enum End {
+    /// It was told to stop; no process is left.
+    Stopped,
+    /// The agent's process is to become the app; no other process is left.
+    HandOver(Box<AppSpec>),
+}
+
+/// The queue in front of the worker.
+pub(crate) struct Deployer {
+    worker: Worker,
+    mailbox: mpsc::Receiver<Request>,
+    /// The newest scan seen of each checkout.
+    newest: HashMap<CheckoutId, (u64, PushId)>,
+}
+
+/// Stops a piece of work, with the reason.
+#[derive(Default)]
+struct Stop {
+    token: CancellationToken,
+    superseded_by: OnceLock<PushId>,
+}
+
+impl Stop {
+    /// Stops the work for something newer, which is named if it is a push.
+    fn give_way_to(&self, newer: Option<PushId>) {
+        if let Some(newer) = newer {
+            let _ = self.superseded_by.set(newer);
+        }
+        self.token.cancel();
+    }
+}
+
+impl Deployer {
+    /// A deployer and where to send it requests.
+    pub(crate) fn new(
+        tree: Tree,
+        generations: Generations,
+        service: Service,
+        shared: Arc<Shared>,
+        environment: Vec<(OsString, OsString)>,
+    ) -> (Self, mpsc::Sender<Request>) {
+        let (sender, mailbox) = mpsc::channel(MAX_WAITING);
+        let worker = Worker {
+            tree,
+            generations,
+            service,
+            shared,
+            environment,
+            hand_over: None,
+        };
+        (
+            Self {
+                worker,
+                mailbox,
+                newest: HashMap::new(),
+            },
+            sender,
+        )
+    }
+
+    /// Works until `shutdown`, or until the agent's process is to become the app.
+    pub(crate) async fn run(self, shutdown: CancellationToken) -> End {
+        let Self {
+            mut worker,
+            mut mailbox,
+            mut newest,
+        } = self;
+        let shared = Arc::clone(&worker.shared);
+        worker.start_last(&shutdown).await;
+        let mut waiting: Option<Request> = None;
+        while !shutdown.is_cancelled() {
+            if waiting.is_none() {
+                let arrived = tokio::select! {
+                    arrived = mailbox.recv() => arrived,
+                    () = shutdown.cancelled() => None,
+                };
+                let Some(arrived) = arrived else { break };
+                waiting = admit(&mut newest, &shared, arrived);
+            }
+            let Some(request) = waiting.take() else {
+                continue;
+            };
+            let under_way = request.push_id();
+            let stop = Stop::default();
+            {
+                let work = worker.take(request, &stop);
+                tokio::pin!(work);
+                loop {
+                    let arrived = tokio::select! {
+                        () = &mut work => break,
+                        () = shutdown.cancelled(), if !stop.token.is_cancelled() => {
+                            stop.token.cancel();
+                            continue;
+                        }
+                        Some(arrived) = mailbox.recv() => arrived,
+                    };
+                    if let Request::Cancel { push, answer } = arrived {
+                        let meant =
+                            under_way.is_some() && push.is_none_or(|push| Some(push) == under_way);
+                        if meant {
+                            stop.token.cancel();
+                        }
+                        let _ = answer.send(meant);
+                        continue;
+                    }
+                    let Some(arrived) = admit(&mut newest, &shared, arrived) else {
+                        continue;
+                    };
+                    stop.give_way_to(arrived.push_id());
+                    if let Some(skipped) = waiting.replace(arrived) {
+                        let newer = waiting.as_ref().and_then(Request::push_id);
+                        skipped.supersede(&shared, newer);
+                    }
+                }
+            }
+            if let Some(spec) = worker.hand_over.take() {
+                return End::HandOver(spec);
+            }
+        }
+        worker.service.shutdown(SHUTDOWN_LIMIT).await;
+        End::Stopped
+    }
+}
+
+/// Lets a request in, unless it is already known, older than what was seen of its checkout, or answered at once.
+fn admit(
+    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
+    shared: &Shared,
+    request: Request,
+) -> Option<Request> {
+    match request {
+        Request::Cancel { answer, .. } => {
+            let _ = answer.send(false);
+            None
+        }
+        Request::Push { id, answer, .. } if shared.events(id).is_some() => {
+            let _ = answer.send(Ok(shared.events(id)?));
+            None
+        }
+        Request::Push {
+            id, ref received, ..
+        } => {
+            if let Some(preamble) = &received.preamble {
+                let seen = newest
+                    .entry(preamble.checkout)
+                    .or_insert((preamble.sequence, id));
+                if preamble.sequence < seen.0 {
+                    let newer = seen.1;
+                    request.supersede(shared, Some(newer));
+                    return None;
+                }
+                *seen = (preamble.sequence, id);
+            }
+            Some(request)
+        }
+        request => Some(request),
+    }
+}
+
+impl Request {
+    /// The push, or other exchange with events of its own.
+    fn push_id(&self) -> Option<PushId> {
+        match self {
+            Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
+                Some(*id)
+            }
+            Self::Cancel { .. } | Self::Stop { .. } => None,
+        }
+    }
+
+    /// Ends a request that was never begun, because a newer one is there.
+    fn supersede(self, shared: &Shared, newer: Option<PushId>) {
+        let (id, tree, answer) = match self {
+            Self::Push {
+                id,
+                received,
+                answer,
+                ..
+            } => (id, received.target.tree_digest(), answer),
+            Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
+                (id, shared.status().tree, answer)
+            }
+            Self::Cancel { .. } | Self::Stop { .. } => return,
+        };
+        let events = shared.start_push(id);
+        events.append(EventKind::Finished(Report {
+            outcome: Outcome::Superseded,
+            tree,
+            generation: shared.status().generation,
+            reason: Some("a newer push of this checkout came first".to_owned()),
+            hint: None,
+            superseded_by: newer,
+            timings_ms: Timings::default(),
+        }));
+        events.finish();
+        let _ = answer.send(Ok(events));
+    }
+}
+
+/// Does one thing at a time, with everything that the agent owns.
+struct Worker {
+    tree: Tree,
+    generations: Generations,
+    service: Service,
+    shared: Arc<Shared>,
+    environment: Vec<(OsString, OsString)>,
+    hand_over: Option<Box<AppSpec>>,
+}
+
+/// One exchange under way: where its events go, and what its report will say.
+struct Exchange<'s> {
+    events: Events,
+    id: PushId,
+    by: String,
+    tree: TreeDigest,
+    started: Instant,
+    timings: Timings,
+    stop: &'s Stop,
+}
+
+/// How an exchange ends, before it is dressed up as a report.
+struct Ending {
+    outcome: Outcome,
+    reason: Option<String>,
+    hint: Option<String>,
+}
+
+impl Ending {
+    fn of(outcome: Outcome) -> Self {
+        Self {
+            outcome,
+            reason: None,
+            hint: None,
+        }
+    }
+
+    fn because(outcome: Outcome, reason: impl Into<String>) -> Self {
+        Self {
+            outcome,
+            reason: Some(reason.into()),
+            hint: None,
+        }
+    }
+}
+
+impl Exchange<'_> {
+    fn tell(&self, event: EventKind) {
+        self.events.append(event);
+    }
+
+    fn warn(&self, text: String, hint: Option<String>) {
+        self.tell(EventKind::Warning { text, hint });
+    }
+
+    /// The end of work that was stopped.
+    fn stopped(&self) -> Ending {
+        match self.stop.superseded_by.get() {
+            Some(_) => Ending::because(Outcome::Superseded, "a newer push took its place"),
+            None => Ending::of(Outcome::Cancelled),
+        }
+    }
+}
+
+impl Worker {
+    /// Serves what served when the agent ended, or what the image was built with.
+    async fn start_last(&mut self, shutdown: &CancellationToken) {
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
+        let Some(generation) = self.generations.serving().cloned() else {
+            return self.show();
+        };
+        tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
+        let spec = self.generations.spec(&generation, &self.environment);
+        if let Err(error) = self.service.replace(spec, shutdown).await {
+            tracing::error!("generation {} does not start: {error}", generation.number);
+        }
+        self.show();
+    }
+
+    /// Carries one request to its end.
+    async fn take(&mut self, request: Request, stop: &Stop) {
+        match request {
+            Request::Push {
+                id,
+                received,
+                by,
+                answer,
+            } => self.take_push(id, *received, by, answer, stop).await,
+            Request::Rollback {
+                id,
+                generation,
+                by,
+                answer,
+            } => {
+                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let _ = answer.send(Ok(Arc::clone(&exchange.events)));
+                self.rollback(exchange, generation).await;
+            }
+            Request::Restart { id, by, answer } => {
+                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let _ = answer.send(Ok(Arc::clone(&exchange.events)));
+                self.restart(exchange).await;
+            }
+            Request::Stop { answer } => {
+                self.service
+                    .stop("the app was stopped with `rrun stop`; push to start it again")
+                    .await;
+                if let Err(error) = self.generations.clear_serving() {
+                    tracing::warn!("{error:#}");
+                }
+                let _ = answer.send(());
+            }
+            Request::Cancel { answer, .. } => {
+                let _ = answer.send(false);
+            }
+        }
+        self.show();
+    }
+
+    async fn take_push(
+        &mut self,
+        id: PushId,
+        received: Received,
+        by: String,
+        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+        stop: &Stop,
+    ) {
+        // The tree may have changed since the push was received.
+        let base = received.preamble.as_ref().map(|preamble| preamble.base);
+        let is_whole =
+            base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
+        if !is_whole && base != Some(self.tree.digest()) {
+            let _ = answer.send(Err(self.tree.digest()));
+            return;
+        }
+        let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
+        let _ = answer.send(Ok(Arc::clone(&exchange.events)));
+        exchange.tell(EventKind::Received {
+            push: id,
+            tree: exchange.tree,
+            changed: received.changed,
+            deleted: received.deleted,
+        });
+        let ending = self.push(&mut exchange, received).await;
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        self.end(exchange, ending);
+    }
+
+    /// The pipeline: apply → compile → publish → swap.
+    async fn push(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        received: Received,
+    ) -> anyhow::Result<Ending> {
+        let Received {
+            preamble,
+            target,
+            staged,
+            ..
+        } = received;
+        if exchange.stop.token.is_cancelled() {
+            return Ok(exchange.stopped());
+        }
+        self.apply(exchange, target, &staged)?;
+        let no_build = preamble.as_ref().is_some_and(|preamble| preamble.no_build);
+        if no_build {
+            return Ok(Ending::of(Outcome::Applied));
+        }
+        let plan = match preamble {
+            Some(preamble) => preamble.plan,
+            None => match self.resolve_plan().await {
+                Ok(plan) => plan,
+                Err(error) => return Ok(Ending::because(Outcome::Refused, format!("{error:#}"))),
+            },
+        };
+        let identity = (self.tree.digest(), plan.digest());
+        let serving = self.serving();
+        if serving.is_some_and(|serving| serving.identity() == identity)
+            && self.service.status().state == "serving"
+        {
+            return Ok(Ending::of(Outcome::Unchanged));
+        }
+        if let Some(other) =
+            serving.filter(|serving| serving.by != exchange.by && !serving.by.is_empty())
+        {
+            let text = format!(
+                "this replaces generation {}, which {} pushed",
+                other.number, other.by
+            );
+            exchange.warn(text, None);
+        }
+        let generation = match self.generations.find(&identity).cloned() {
+            Some(kept) => kept,
+            None => match self.build(exchange, &plan).await? {
+                Ok(generation) => generation,
+                Err(ending) => return Ok(ending),
+            },
+        };
+        // Limits and swap mode may differ from those it was built with.
+        let generation = Generation { plan, ..generation };
+        self.swap(exchange, &generation).await
+    }
+
+    fn apply(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        target: rrun_protocol::Manifest,
+        staged: &crate::tree::Staged,
+    ) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let applied = self.tree.apply(target, staged);
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
+        let restored = applied?.restored;
+        let millis = millis_since(started);
+        exchange.timings.apply = Some(millis);
+        if let Some(first) = restored.first() {
+            let text = match restored.len() {
+                1 => format!(
+                    "`{first}` was changed on the agent, by a build or the app, and was put back"
+                ),
+                count => format!(
+                    "`{first}` and {} more files were changed on the agent and were put back",
+                    count - 1
+                ),
+            };
+            let hint = match first.file_name() {
+                "Cargo.lock" => {
+                    "run `cargo build` on the laptop, so that Cargo.lock is complete, and push again"
+                }
+                _ => "write generated files to OUT_DIR, or name them in .rrunignore",
+            };
+            exchange.warn(text, Some(hint.to_owned()));
+        }
+        exchange.tell(EventKind::Applied { restored, millis });
+        Ok(())
+    }
+
+    /// What a whole tree says of itself.
+    async fn resolve_plan(&self) -> anyhow::Result<Plan> {
+        let folder = self.shared.layout.tree();
+        let output = recipe::metadata(&folder)
+            .output()
+            .await
+            .context("cargo cannot read the tree")?;
+        let metadata = serde_json::from_slice(&output)
+            .context("cannot understand what `cargo metadata` prints")?;
+        let project = Project::resolve(&metadata, &folder, &folder, &Selection::default());
+        Ok(project
+            .map_err(|error| match error.hint() {
+                Some(hint) => anyhow::anyhow!("{error} ({hint})"),
+                None => anyhow::anyhow!(error),
+            })?
+            .plan)
+    }
+
+    /// Compiles the present tree and publishes the result.
+    async fn build(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        plan: &Plan,
+    ) -> anyhow::Result<Result<Generation, Ending>> {
+        let started = Instant::now();
+        let (number, log) = self.shared.start_build();
+        exchange.tell(EventKind::Building {
+            build: number,
+            command: recipe::for_people(&plan.build),
+        });
+        let build_log = Tee {
+            events: &exchange.events,
+            log: &log,
+        };
+        let build_plan = plan.build.digest();
+        let touched = self.tree.touched(&build_plan);
+        let mut compiled = BTreeSet::new();
+        let layout = self.shared.layout.clone();
+        let result = compile(
+            &layout,
+            &plan.build,
+            &touched,
+            &mut compiled,
+            &build_log,
+            &exchange.stop.token,
+        )
+        .await;
+        log.finish();
+        self.tree.build_ended()?;
+        let millis = millis_since(started);
+        exchange.timings.build = Some(millis);
+        let (success, fresh) = result
+            .as_ref()
+            .map_or((false, 0), |built| (true, built.fresh));
+        exchange.tell(EventKind::Built {
+            success,
+            compiled: compiled.len(),
+            fresh,
+            millis,
+        });
+        if result.is_err() {
+            self.tree.partly_built(build_plan, &compiled)?;
+        }
+        let built = match result {
+            Ok(built) => built,
+            Err(CompileError::Failed(_)) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
+            Err(CompileError::Cancelled) => return Ok(Err(exchange.stopped())),
+            Err(error @ CompileError::Stale(_)) => return Err(error.into()),
+            Err(CompileError::Other(error)) => return Err(error),
+        };
+        self.tree.built(build_plan)?;
+        let (tree, by, push) = (self.tree.digest(), exchange.by.clone(), Some(exchange.id));
+        let generation =
+            self.generations
+                .publish(&built.executable, self.tree.manifest(), |number| {
+                    Generation {
+                        number,
+                        tree,
+                        plan: plan.clone(),
+                        by,
+                        push,
+                        time: seconds_since_1970(),
+                    }
+                })?;
+        Ok(Ok(generation))
+    }
+
+    /// Lets `generation` serve.
+    async fn swap(
+        &mut self,
+        exchange: &mut Exchange<'_>,
+        generation: &Generation,
+    ) -> anyhow::Result<Ending> {
+        let spec = self.generations.spec(generation, &self.environment);
+        exchange.tell(EventKind::Starting {
+            generation: generation.number,
+        });
+        let token = &exchange.stop.token;
+        let hands_over = generation.plan.run.swap == SwapMode::Exec;
+        let replaced = if hands_over {
+            self.service.hand_over(&spec, token).await
+        } else {
+            self.service.replace(spec.clone(), token).await
+        };
+        let was_serving = self.serving().map(|serving| serving.number);
+        match replaced {
+            Ok(Replaced {
+                ready,
+                swap,
+                warnings,
+            }) => {
+                exchange.timings.ready = Some(millis(ready));
+                exchange.timings.swap = Some(millis(swap));
+                warnings
+                    .into_iter()
+                    .for_each(|(text, hint)| exchange.warn(text, hint));
+                self.generations.set_serving(generation.number)?;
+                if hands_over {
+                    self.hand_over = Some(Box::new(spec));
+                    return Ok(Ending::of(Outcome::HandedOver));
+                }
+                Ok(Ending::of(Outcome::Live))
+            }
+            Err(error) => {
+                if was_serving != Some(generation.number) {
+                    self.generations.remove(generation.number)?;
+                }
+                Ok(match error {
+                    ReplaceError::Cancelled => exchange.stopped(),
+                    ReplaceError::NotReady {
+                        reason,
+                        hint,
+                        output,
+                    } => {
+                        show_output(exchange, &output);
+                        Ending {
+                            outcome: Outcome::NotReady,
+                            reason: Some(reason),
+                            hint,
+                        }
+                    }
+                    error => Ending::because(Outcome::NotReady, error.to_string()),
+                })
+            }
+        }
+    }
+
+    async fn rollback(&mut self, mut exchange: Exchange<'_>, wanted: Option<u64>) {
+        let serving = self.serving().map(|serving| serving.number);
+        let found = self.generations.kept().find(|generation| match wanted {
+            Some(number) => generation.number == number,
+            None => serving.is_none_or(|serving| generation.number < serving),
+        });
+        let ending = match found.cloned() {
+            Some(generation) => {
+                exchange.tree = generation.tree;
+                self.swap(&mut exchange, &generation).await
+            }
+            None => Ok(Ending {
+                outcome: Outcome::Refused,
+                reason: Some("there is no such generation to go back to".to_owned()),
+                hint: Some("`rrun status` names those that are kept".to_owned()),
+            }),
+        };
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        self.end(exchange, ending);
+    }
+
+    async fn restart(&mut self, mut exchange: Exchange<'_>) {
+        let ending = match self.serving().cloned() {
+            Some(generation) => {
+                exchange.tree = generation.tree;
+                self.swap(&mut exchange, &generation).await
+            }
+            None => Ok(Ending::because(
+                Outcome::Refused,
+                "nothing serves that could be restarted",
+            )),
+        };
+        let ending =
+            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        self.end(exchange, ending);
+    }
+
+    fn begin<'s>(&self, id: PushId, by: String, tree: TreeDigest, stop: &'s Stop) -> Exchange<'s> {
+        let events = self.shared.start_push(id);
+        self.shared.update(|status| status.push = Some(id));
+        Exchange {
+            events,
+            id,
+            by,
+            tree,
+            started: Instant::now(),
+            timings: Timings::default(),
+            stop,
+        }
+    }
+
+    /// The one place where an exchange ends: its report, its line in the history, its terminal event.
+    fn end(&mut self, exchange: Exchange<'_>, ending: Ending) {
+        let generation = self.serving().map(|serving| serving.number);
+        let Exchange {
+            events,
+            id,
+            by,
+            tree,
+            started,
+            timings,
+            stop,
+        } = exchange;
+        let Ending {
+            outcome,
+            reason,
+            hint,
+        } = ending;
+        let superseded_by = (outcome == Outcome::Superseded)
+            .then(|| stop.superseded_by.get().copied())
+            .flatten();
+        self.shared.remember(HistoryEntry {
+            push: id,
+            by,
+            time: seconds_since_1970(),
+            tree,
+            outcome,
+            generation,
+            millis: millis_since(started),
+        });
+        self.shared.update(|status| status.push = None);
+        self.show();
+        events.append(EventKind::Finished(Report {
+            outcome,
+            tree,
+            generation,
+            reason,
+            hint,
+            superseded_by,
+            timings_ms: timings,
+        }));
+        events.finish();
+    }
+
+    /// The generation that serves, if any.
+    fn serving(&self) -> Option<&Generation> {
+        let number = self.service.serving()?;
+        self.generations
+            .kept()
+            .find(|generation| generation.number == number)
+    }
+
+    /// Publishes what the agent's state is now.
+    fn show(&self) {
+        let serving = self.serving();
+        let (generation, serving_tree) = (
+            serving.map(|serving| serving.number),
+            serving.map(|serving| serving.tree),
+        );
+        let kept = self
+            .generations
+            .kept()
+            .map(|generation| generation.number)
+            .collect();
+        let needs_build =
+            serving_tree != Some(self.tree.digest()) && !self.tree.manifest().is_empty();
+        self.shared.update(|status| {
+            status.generation = generation;
+            status.serving_tree = serving_tree;
+            status.kept = kept;
+            status.needs_build = needs_build;
+        });
+    }
+}
+
+fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
+    for line in &output[output.len().saturating_sub(SHOWN_OUTPUT)..] {
+        exchange.tell(EventKind::App {
+            stream: line.stream,
+            text: line.text.clone(),
+        });
+    }
+}
+
+/// A build's lines go to its own log, and with everything else to the push's events.
+struct Tee<'a> {
+    events: &'a Events,
+    log: &'a Log,
+}
+
+impl BuildLog for Tee<'_> {
+    fn tell(&self, event: EventKind) {
+        match &event {
+            EventKind::Progress { .. } => return self.events.show(event),
+            EventKind::Log { text } | EventKind::Warning { text, .. } => {
+                self.log.append(text.clone())
+            }
+            _ => {}
+        }
+        self.events.append(event);
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn millis_since(start: Instant) -> u64 {
+    millis(start.elapsed())
+}

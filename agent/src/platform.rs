@@ -1,0 +1,248 @@
+//! The one file for what differs between Linux and macOS: who listens where, and which processes belong to whom.
+//!
+//! Linux is asked through `/proc`, which knows descendants that left their process group. macOS is asked for process
+//! groups alone; there the agent is a developer's tool and never process 1.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{SocketAddr, TcpListener},
+    sync::OnceLock,
+};
+
+use listeners::{Protocol, SocketState};
+use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+
+/// Listening TCP sockets, as seen from one process group.
+#[derive(Debug, Default)]
+pub(crate) struct Sockets {
+    /// Those of the group and of descendants that left it.
+    pub(crate) own: Vec<SocketAddr>,
+    /// Those of everybody else.
+    pub(crate) foreign: Vec<SocketAddr>,
+}
+
+/// All listening sockets. Reads as many files as there are open ones on the machine: not for the async threads.
+pub(crate) fn listening_sockets(group: u32) -> Sockets {
+    let mut sockets = Sockets::default();
+    let processes = processes();
+    let mut known = HashMap::new();
+    for listener in listeners::get_all().unwrap_or_default() {
+        if listener.protocol != Protocol::TCP || listener.state != SocketState::Listen {
+            continue;
+        }
+        let process = listener.process.pid;
+        let own = *known
+            .entry(process)
+            .or_insert_with(|| belongs(&processes, process, group));
+        let side = if own {
+            &mut sockets.own
+        } else {
+            &mut sockets.foreign
+        };
+        side.push(listener.socket);
+    }
+    sockets
+}
+
+/// Whether this machine tells at all who listens where; some sandboxes do not. Asked once, with a socket of our own.
+pub(crate) fn tells_listeners() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    *TELLS.get_or_init(|| {
+        let Ok(listener) = TcpListener::bind(("127.0.0.1", 0)) else {
+            return false;
+        };
+        let address = listener.local_addr().ok();
+        listeners::get_all().is_ok_and(|all| {
+            all.iter().any(|listener| {
+                listener.process.pid == std::process::id() && Some(listener.socket) == address
+            })
+        })
+    })
+}
+
+fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool {
+    let in_group = i32::try_from(process)
+        .ok()
+        .and_then(Pid::from_raw)
+        .is_some_and(|pid| {
+            getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
+        });
+    in_group || descends(processes, process, group)
+}
+
+fn descends(processes: &HashMap<u32, Process>, process: u32, ancestor: u32) -> bool {
+    let mut seen = HashSet::new();
+    let mut at = process;
+    while seen.insert(at) {
+        if at == ancestor {
+            return true;
+        }
+        match processes.get(&at) {
+            Some(process) => at = process.parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Sends a signal to every process of a group.
+pub(crate) fn signal_group(group: u32, signal: Signal) {
+    if let Some(group) = pid(group) {
+        // Fails only if nobody is left.
+        let _ = kill_process_group(group, signal).is_ok();
+    }
+}
+
+/// A process that may have left its group, and when it started: numbers are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Descendant {
+    process: u32,
+    started: u64,
+}
+
+impl Descendant {
+    /// Ends it, if it is still the same process.
+    pub(crate) fn kill(self) {
+        let same = process(self.process).is_some_and(|now| now.started == self.started);
+        if let (true, Some(pid)) = (same, pid(self.process)) {
+            // It may have ended by now.
+            let _ = kill_process(pid, Signal::KILL).is_ok();
+        }
+    }
+
+    /// Whether it is still there and runs.
+    pub(crate) fn is_alive(self) -> bool {
+        process(self.process).is_some_and(|now| now.started == self.started && !now.dead)
+    }
+}
+
+fn pid(process: u32) -> Option<Pid> {
+    i32::try_from(process).ok().and_then(Pid::from_raw)
+}
+
+/// What is known of a process.
+#[derive(Clone, Copy, Debug)]
+struct Process {
+    parent: u32,
+    group: u32,
+    started: u64,
+    dead: bool,
+}
+
+/// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
+/// whose environment names the group's private port.
+#[cfg(target_os = "linux")]
+pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
+    let processes = processes();
+    let own = std::process::id();
+    let belongs = |number: u32, process: &Process| {
+        process.group == group
+            || descends(&processes, number, group)
+            || is_orphan(process, own) && names_port(number, port)
+    };
+    processes
+        .iter()
+        .filter(|(number, process)| **number != own && !process.dead && belongs(**number, process))
+        .map(|(number, process)| Descendant {
+            process: *number,
+            started: process.started,
+        })
+        .collect()
+}
+
+/// Adopted by the agent, or by process 1 where the agent adopts nobody.
+#[cfg(target_os = "linux")]
+fn is_orphan(process: &Process, own: u32) -> bool {
+    process.parent == own || process.parent == 1
+}
+
+#[cfg(target_os = "linux")]
+fn names_port(process: u32, port: u16) -> bool {
+    let wanted = format!("PORT={port}");
+    std::fs::read(format!("/proc/{process}/environ")).is_ok_and(|environment| {
+        environment
+            .split(|byte| *byte == 0)
+            .any(|variable| variable == wanted.as_bytes())
+    })
+}
+
+/// The group's members cannot be listed here; they are reached by signals to the group.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn descendants(_group: u32, _port: u16) -> Vec<Descendant> {
+    Vec::new()
+}
+
+/// Whether a process of the group still runs; one that ended and waits for its parent does not count.
+pub(crate) fn group_is_alive(group: u32) -> bool {
+    let Some(pid) = pid(group) else { return false };
+    if rustix::process::test_kill_process_group(pid).is_err() {
+        return false;
+    }
+    if cfg!(target_os = "linux") {
+        processes()
+            .values()
+            .any(|process| process.group == group && !process.dead)
+    } else {
+        true
+    }
+}
+
+/// Makes the agent the parent of orphans below it, so that it can find and reap them.
+pub(crate) fn adopt_orphans() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
+        tracing::debug!("orphans cannot be adopted: {error}");
+    }
+}
+
+/// Children of this process that ended and wait to be reaped.
+#[cfg(target_os = "linux")]
+pub(crate) fn dead_children() -> Vec<u32> {
+    let own = std::process::id();
+    processes()
+        .into_iter()
+        .filter(|(_, process)| process.dead && process.parent == own)
+        .map(|(number, _)| number)
+        .collect()
+}
+
+/// Nobody is adopted here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn dead_children() -> Vec<u32> {
+    Vec::new()
+}
+
+#[cfg(target_os = "linux")]
+fn processes() -> HashMap<u32, Process> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return HashMap::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|number| Some((number, process(number)?)))
+        .collect()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn processes() -> HashMap<u32, Process> {
+    HashMap::new()
+}
+
+#[cfg(target_os = "linux")]
+fn process(number: u32) -> Option<Process> {
+    let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
+    // The name in parentheses may hold anything, spaces and parentheses included.
+    let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    Some(Process {
+        dead: matches!(*fields.first()?, "Z" | "X"),
+        parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
+        started: fields.get(19)?.parse().ok()?,
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn process(_number: u32) -> Option<Process> {
+    None
+}

@@ -1,0 +1,215 @@
+//! Generations on disk: each an executable with the assets it was built with, in a folder of its own, so that no build
+//! overwrites what runs and an old version never sees new templates.
+//!
+//! Executable and assets are hard links: publishing writes next to nothing. Does not start anything.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use rrun_protocol::{Digest, Manifest, Plan, PushId, TreeDigest, TreePath};
+use serde::{Deserialize, Serialize};
+
+use crate::{app::AppSpec, layout::Layout};
+
+/// Generations that are kept to roll back to, the serving one included.
+const KEPT: usize = 3;
+
+/// Name of the file that describes a generation in its folder, of its executable, and of the app's working directory.
+const DESCRIPTION: &str = "generation.json";
+const EXECUTABLE: &str = "executable";
+const FILES: &str = "files";
+
+/// State file: number of the generation that serves, or served when the agent ended.
+const SERVING: &str = "serving";
+
+/// One built version.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Generation {
+    /// Rises with each build.
+    pub number: u64,
+    /// The tree that it was built from.
+    pub tree: TreeDigest,
+    /// How it was built and is run.
+    pub plan: Plan,
+    /// Who pushed it.
+    pub by: String,
+    /// With which push; `None` for the image's own.
+    pub push: Option<PushId>,
+    /// When, in seconds since 1970.
+    pub time: u64,
+}
+
+/// Names what serves: two generations of equal identity answer alike.
+pub(crate) type Identity = (TreeDigest, Digest);
+
+impl Generation {
+    /// What it is, apart from its number.
+    pub(crate) fn identity(&self) -> Identity {
+        (self.tree, self.plan.digest())
+    }
+}
+
+/// The generations on disk.
+pub(crate) struct Generations {
+    layout: Layout,
+    kept: Vec<Generation>,
+    next: u64,
+}
+
+impl Generations {
+    /// Reads what is there. Folders that an interrupted publication left are removed.
+    pub(crate) fn open(layout: &Layout) -> anyhow::Result<Self> {
+        let mut kept = Vec::new();
+        for item in fs::read_dir(layout.generations())? {
+            let folder = item?.path();
+            match read(&folder) {
+                Some(generation) => kept.push(generation),
+                None => fs::remove_dir_all(&folder)
+                    .with_context(|| format!("cannot remove `{}`", folder.display()))?,
+            }
+        }
+        kept.sort_by_key(|generation: &Generation| generation.number);
+        let next = kept.last().map_or(1, |generation| generation.number + 1);
+        Ok(Self {
+            layout: layout.clone(),
+            kept,
+            next,
+        })
+    }
+
+    /// The generation that serves or last served.
+    pub(crate) fn serving(&self) -> Option<&Generation> {
+        let number: u64 = self.layout.load(SERVING)?;
+        self.kept
+            .iter()
+            .find(|generation| generation.number == number)
+    }
+
+    /// Notes that `number` serves now, and removes generations beyond those that are kept.
+    pub(crate) fn set_serving(&mut self, number: u64) -> anyhow::Result<()> {
+        self.layout.store(SERVING, &number)?;
+        while self.kept.len() > KEPT {
+            let Some(oldest) = self
+                .kept
+                .iter()
+                .find(|generation| generation.number != number)
+            else {
+                break;
+            };
+            self.remove(oldest.number)?;
+        }
+        Ok(())
+    }
+
+    /// Notes that nothing serves.
+    pub(crate) fn clear_serving(&self) -> anyhow::Result<()> {
+        self.layout.store(SERVING, &0u64)
+    }
+
+    /// Kept generations, newest first.
+    pub(crate) fn kept(&self) -> impl Iterator<Item = &Generation> {
+        self.kept.iter().rev()
+    }
+
+    /// A kept generation that answers as asked for.
+    pub(crate) fn find(&self, identity: &Identity) -> Option<&Generation> {
+        self.kept()
+            .find(|generation| generation.identity() == *identity)
+    }
+
+    /// Publishes `executable` with the assets of `manifest`'s tree as a new generation.
+    pub(crate) fn publish(
+        &mut self,
+        executable: &Path,
+        manifest: &Manifest,
+        describe: impl FnOnce(u64) -> Generation,
+    ) -> anyhow::Result<Generation> {
+        let generation = describe(self.next);
+        let staging = tempfile::TempDir::new_in(self.layout.staging())?;
+        let files = staging.path().join(FILES);
+        fs::create_dir(&files)?;
+        link(executable, &staging.path().join(EXECUTABLE))?;
+        for (path, place) in assets(&generation.plan, manifest) {
+            link(&self.layout.tree().join(path), &files.join(place))
+                .with_context(|| format!("cannot publish `{path}`"))?;
+        }
+        fs::write(
+            staging.path().join(DESCRIPTION),
+            serde_json::to_vec(&generation)?,
+        )?;
+        let folder = self.folder(generation.number);
+        fs::rename(staging.keep(), &folder)
+            .with_context(|| format!("cannot publish `{}`", folder.display()))?;
+        self.next += 1;
+        self.kept.push(generation.clone());
+        Ok(generation)
+    }
+
+    /// Removes a generation, as one that never became ready.
+    pub(crate) fn remove(&mut self, number: u64) -> anyhow::Result<()> {
+        let folder = self.folder(number);
+        self.kept.retain(|generation| generation.number != number);
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))
+    }
+
+    /// How to start `generation`, in `environment`.
+    pub(crate) fn spec(
+        &self,
+        generation: &Generation,
+        environment: &[(OsString, OsString)],
+    ) -> AppSpec {
+        let folder = self.folder(generation.number);
+        AppSpec {
+            generation: generation.number,
+            directory: folder.join(FILES),
+            executable: folder.join(EXECUTABLE),
+            run: generation.plan.run.clone(),
+            environment: environment.to_vec(),
+        }
+    }
+
+    fn folder(&self, number: u64) -> PathBuf {
+        self.layout.generations().join(number.to_string())
+    }
+}
+
+fn read(folder: &Path) -> Option<Generation> {
+    let generation: Generation =
+        serde_json::from_slice(&fs::read(folder.join(DESCRIPTION)).ok()?).ok()?;
+    let is_whole = folder.file_name()?.to_str()? == generation.number.to_string()
+        && folder.join(EXECUTABLE).exists();
+    is_whole.then_some(generation)
+}
+
+/// The tree's files that the app reads at run time, each with its place in the app's working directory.
+fn assets<'a>(
+    plan: &'a Plan,
+    manifest: &'a Manifest,
+) -> impl Iterator<Item = (&'a TreePath, &'a str)> {
+    let is_asset = |path: &TreePath| {
+        let run = &plan.run;
+        run.assets
+            .iter()
+            .any(|asset| path == asset || path.strip_prefix(Some(asset)).is_some())
+    };
+    manifest
+        .iter()
+        .map(|(path, _)| path)
+        .filter(move |path| is_asset(path))
+        .filter_map(|path| {
+            let place = path.strip_prefix(plan.run.working_directory.as_ref())?;
+            Some((path, place))
+        })
+}
+
+/// Links `from` to `to`, or copies where a file system cannot link. A symbolic link stays one.
+fn link(from: &Path, to: &Path) -> io::Result<()> {
+    if let Some(folder) = to.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(drop))
+}

@@ -1,0 +1,216 @@
+//! `rrun-agent serve`: puts the parts together, and takes them apart in order when it is told to stop.
+
+use std::{
+    ffi::OsString,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+use rrun_protocol::{BootId, PublicKey};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Workspace,
+    app::AppSpec,
+    authorize::Gate,
+    child,
+    clock::running_timeout,
+    control,
+    deploy::{Deployer, End},
+    front,
+    layout::Layout,
+    output::Output,
+    proxy::Proxy,
+    publish::Generations,
+    recipe,
+    service::Service,
+    shared::Shared,
+    tree::Tree,
+};
+
+/// How long answers under way may take once everything else has ended.
+const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
+
+/// What `serve` is told.
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// Port to serve on; 0 takes a free one
+    #[arg(long, env = "PORT", default_value_t = 8080)]
+    port: u16,
+    /// Address to serve on
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0")]
+    bind: IpAddr,
+    #[command(flatten)]
+    workspace: Workspace,
+    /// Public keys that may push, as `rrun key` prints them, one a line or between commas
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "RRUN_AUTHORIZED_KEYS",
+        hide_env_values = true
+    )]
+    authorized_keys: Option<String>,
+    /// File with public keys that may push
+    #[arg(long, value_name = "FILE", env = "RRUN_AUTHORIZED_KEYS_FILE")]
+    authorized_keys_file: Option<PathBuf>,
+    /// Writes process id, port, version and boot id to this file once the agent listens
+    #[arg(long, value_name = "FILE", hide = true)]
+    announce: Option<PathBuf>,
+}
+
+pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
+    let keys = authorized_keys(&arguments)?;
+    let layout = Layout::create(&arguments.workspace.folder)?;
+    let _lock = lock(&layout)?;
+    tokio::spawn(child::reap_orphans());
+    let address = SocketAddr::new(arguments.bind, arguments.port);
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))?;
+    let port = listener.local_addr()?.port();
+    let boot = new_boot_id()?;
+
+    let tree = Tree::open(&layout)?;
+    let generations = Generations::open(&layout)?;
+    let output = Output::new();
+    let shared = Shared::new(layout.clone(), output.clone(), boot);
+    let (service, route) = Service::new(output);
+    shared.set_service(service.view());
+    let (deployer, requests) = Deployer::new(
+        tree,
+        generations,
+        service,
+        Arc::clone(&shared),
+        app_environment(),
+    );
+    let stop = CancellationToken::new();
+    let gate = Arc::new(Gate::new(keys, boot));
+    let routes = control::routes(gate, Arc::clone(&shared), requests, stop.clone());
+    let proxy = Arc::new(Proxy::new(route));
+
+    let close = CancellationToken::new();
+    let front = tokio::spawn(front::serve(
+        listener,
+        routes,
+        proxy,
+        close.clone().cancelled_owned(),
+    ));
+    tokio::spawn(stop_at_signal(stop.clone())?);
+    tokio::spawn(find_toolchain(Arc::clone(&shared)));
+    tracing::info!("listening on {}", SocketAddr::new(arguments.bind, port));
+    if let Some(file) = &arguments.announce {
+        announce(file, port, boot)?;
+    }
+
+    let end = deployer.run(stop).await;
+    close.cancel();
+    // Who follows a log would keep its connection for ever.
+    let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
+    match end {
+        End::Stopped => Ok(()),
+        End::HandOver(spec) => Err(become_app(&spec, port)),
+    }
+}
+
+/// The keys that may push. Without one the agent does not start: it would answer nobody.
+fn authorized_keys(arguments: &Arguments) -> anyhow::Result<Vec<PublicKey>> {
+    let mut keys = Vec::new();
+    if let Some(text) = &arguments.authorized_keys {
+        keys.extend(PublicKey::parse_list(text).context("RRUN_AUTHORIZED_KEYS")?);
+    }
+    if let Some(file) = &arguments.authorized_keys_file {
+        let name = file.display();
+        let text = fs::read_to_string(file).with_context(|| format!("cannot read `{name}`"))?;
+        keys.extend(PublicKey::parse_list(&text).with_context(|| format!("`{name}`"))?);
+    }
+    ensure!(
+        !keys.is_empty(),
+        "no key may push here (hint: put the line that `rrun key` prints into RRUN_AUTHORIZED_KEYS)"
+    );
+    Ok(keys)
+}
+
+/// Two agents in one workspace would build over each other.
+fn lock(layout: &Layout) -> anyhow::Result<fs::File> {
+    let path = layout.state("lock");
+    let file =
+        fs::File::create(&path).with_context(|| format!("cannot open `{}`", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => bail!(
+            "another agent works in this workspace: `{}` is locked",
+            path.display()
+        ),
+        Err(fs::TryLockError::Error(error)) => Err(error).context("cannot lock the workspace"),
+    }
+}
+
+fn new_boot_id() -> anyhow::Result<BootId> {
+    let mut bytes = [0; 9];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| anyhow::anyhow!("the system gives no random bytes: {error}"))?;
+    Ok(BootId::from_random(bytes))
+}
+
+/// The container's environment as the app gets it: all but what is rrun's own.
+fn app_environment() -> Vec<(OsString, OsString)> {
+    let is_ours = |name: &OsString| name.as_encoded_bytes().starts_with(b"RRUN_");
+    std::env::vars_os()
+        .filter(|(name, _)| !is_ours(name))
+        .collect()
+}
+
+fn stop_at_signal(stop: CancellationToken) -> std::io::Result<impl Future<Output = ()> + Send> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        }
+        stop.cancel();
+    })
+}
+
+/// Asks for the compiler's version beside everything else: under rustup that takes longer than the whole start.
+async fn find_toolchain(shared: Arc<Shared>) {
+    match recipe::toolchain(&shared.layout).output().await {
+        Ok(output) => {
+            let version = String::from_utf8_lossy(&output).trim().to_owned();
+            shared.update(|status| status.toolchain = Some(version));
+        }
+        Err(error) => tracing::warn!("there is no rustc here: {error}"),
+    }
+}
+
+fn announce(file: &Path, port: u16, boot: BootId) -> anyhow::Result<()> {
+    let content = serde_json::json!({
+        "pid": std::process::id(),
+        "port": port,
+        "version": env!("CARGO_PKG_VERSION"),
+        "boot": boot,
+    });
+    let folder = file.parent().unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let new = tempfile::NamedTempFile::new_in(folder)?;
+        fs::write(new.path(), content.to_string())?;
+        new.persist(file)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write `{}`", file.display()))
+}
+
+/// Replaces this process by the app, on the public port. Returns only if that fails.
+fn become_app(spec: &AppSpec, port: u16) -> anyhow::Error {
+    let error = spec.exec(port);
+    anyhow::Error::new(error).context(format!("cannot become `{}`", spec.executable.display()))
+}

@@ -1,0 +1,857 @@
+//! The pushed tree on disk: made equal to a manifest all at once, or not at all.
+//!
+//! Beside the tree lies a pristine copy of each of its files, named by digest. It is the base of the next push's compression,
+//! and what files that the build changed are restored from. Applying a push is: pristine copies of the new files, then a
+//! journal renamed into place (the commit point), then the tree itself, file by file, by rename. After a crash the journal
+//! is carried out again; each of its steps may run twice.
+//!
+//! Changed files get a time of the agent's own, later than the end of the last build, because cargo compares times: a file
+//! older than the last build's start counts as unchanged whatever it holds. Unchanged files are left alone.
+//!
+//! Knows nothing of pushes, archives or signatures.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fs,
+    io::{self, Read},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context as _;
+use cap_std::{ambient_authority, fs::Dir};
+use filetime::FileTime;
+use rrun_protocol::{Digest, Entry, Kind, MAX_PREFIX_BYTES, Manifest, TreeDigest, TreePath};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::layout::Layout;
+
+/// State files.
+const MANIFEST: &str = "manifest";
+const JOURNAL: &str = "journal";
+const TOUCHED: &str = "touched";
+const LAST_BUILD: &str = "last-build";
+
+/// How much later than the last build's end a changed file's time is at least. Kernels stamp files with a clock that ticks
+/// every 1 to 10 ms, so two moments within a tick look equal to cargo.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Build plans whose touched files are remembered; beyond it the oldest starts over, which only costs a stricter check.
+const MAX_BUILD_PLANS: usize = 8;
+
+/// The tree, with everything needed to change it safely.
+pub(crate) struct Tree {
+    layout: Layout,
+    folder: Dir,
+    manifest: Manifest,
+    digest: TreeDigest,
+    stamps: HashMap<TreePath, Stamp>,
+    touched: Touched,
+    /// End of the last build, as time since 1970.
+    last_build: Duration,
+}
+
+/// What a file's metadata was when its content was last known. Equal stamps mean an untouched file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    inode: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// Files that were written or deleted since a build plan last succeeded, each with the units that were compiled since then.
+///
+/// A build that fails late has compiled some units already, and those are rightly fresh in the next one.
+pub(crate) type TouchedFiles = BTreeMap<TreePath, BTreeSet<String>>;
+
+/// The touched files of each build plan.
+type Touched = BTreeMap<Digest, TouchedFiles>;
+
+/// What [`Tree::apply`] still has to do, and has done once it is gone.
+#[derive(Serialize, Deserialize)]
+struct Journal {
+    target: Manifest,
+    write: Vec<TreePath>,
+    delete: Vec<TreePath>,
+}
+
+/// New files on their way into the tree, in a folder of their own that goes when this does.
+pub(crate) struct Staged {
+    folder: tempfile::TempDir,
+}
+
+/// What an apply did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Applied {
+    /// Files of the tree that something other than a push had changed, and that were put back first.
+    pub restored: Vec<TreePath>,
+}
+
+impl Staged {
+    /// An empty folder to receive files into.
+    pub(crate) fn new(layout: &Layout) -> io::Result<Self> {
+        Ok(Self {
+            folder: tempfile::TempDir::new_in(layout.staging())?,
+        })
+    }
+
+    /// Stores one file's content as it comes in, under its digest.
+    pub(crate) fn store(&self, kind: Kind, content: &mut dyn Read) -> io::Result<Entry> {
+        let mut file = tempfile::NamedTempFile::new_in(self.folder.path())?;
+        let (size, digest) = copy_and_digest(content, file.as_file_mut())?;
+        file.persist(self.folder.path().join(digest.to_string()))?;
+        Ok(Entry { kind, size, digest })
+    }
+
+    /// The content of a staged file.
+    pub(crate) fn read(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        fs::read(self.folder.path().join(digest.to_string()))
+    }
+}
+
+impl Tree {
+    /// Opens the tree: carries out what a crash interrupted, then checks every file against the manifest and restores what differs.
+    pub(crate) fn open(layout: &Layout) -> anyhow::Result<Self> {
+        empty(&layout.staging())?;
+        let path = layout.tree();
+        let folder = Dir::open_ambient_dir(&path, ambient_authority())
+            .with_context(|| format!("cannot open `{}`", path.display()))?;
+        let manifest: Manifest = layout.load(MANIFEST).unwrap_or_default();
+        let mut tree = Self {
+            layout: layout.clone(),
+            folder,
+            digest: manifest.tree_digest(),
+            manifest,
+            stamps: HashMap::new(),
+            touched: layout.load(TOUCHED).unwrap_or_default(),
+            last_build: layout.load(LAST_BUILD).unwrap_or_default(),
+        };
+        if let Some(journal) = layout.load::<Journal>(JOURNAL) {
+            tracing::warn!("a push was interrupted while it was applied; finishing it");
+            tree.carry_out(journal)?;
+        }
+        tree.drop_what_is_lost()?;
+        tree.restore()?;
+        Ok(tree)
+    }
+
+    /// Takes the files that lie in the tree's folder as the tree, as when an image was built. `.git` folders are left out.
+    pub(crate) fn adopt(&mut self) -> anyhow::Result<()> {
+        let staged = Staged::new(&self.layout)?;
+        let mut entries = Vec::new();
+        let mut folders = vec![self.layout.tree()];
+        while let Some(folder) = folders.pop() {
+            for item in fs::read_dir(&folder)
+                .with_context(|| format!("cannot read `{}`", folder.display()))?
+            {
+                let path = item?.path();
+                let relative = path.strip_prefix(self.layout.tree())?;
+                if path.file_name().is_some_and(|name| name == ".git") {
+                    continue;
+                }
+                let metadata = fs::symlink_metadata(&path)?;
+                if metadata.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let relative = TreePath::from_bytes(relative.as_os_str().as_encoded_bytes())?;
+                let entry = if metadata.is_symlink() {
+                    let target = fs::read_link(&path)?;
+                    staged.store(Kind::Symlink, &mut target.as_os_str().as_encoded_bytes())?
+                } else {
+                    let executable = metadata.permissions().mode() & 0o100 != 0;
+                    let kind = if executable {
+                        Kind::Executable
+                    } else {
+                        Kind::File
+                    };
+                    staged.store(kind, &mut fs::File::open(&path)?)?
+                };
+                self.stamps.insert(relative.clone(), Stamp::of(&metadata));
+                entries.push((relative, entry));
+            }
+        }
+        self.take_over(&staged)?;
+        self.set_manifest(Manifest::new(entries)?)
+    }
+
+    /// The tree's files.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The tree's identity.
+    pub(crate) fn digest(&self) -> TreeDigest {
+        self.digest
+    }
+
+    /// Makes the tree equal to `target`, whose new contents lie in `staged`.
+    ///
+    /// On an error before the commit point nothing has changed; after it, the next start finishes what this began.
+    /// No process may be building in the tree.
+    pub(crate) fn apply(&mut self, target: Manifest, staged: &Staged) -> anyhow::Result<Applied> {
+        let restored = self.changed_behind_our_back()?;
+        let write: Vec<TreePath> = target
+            .iter()
+            .filter(|(path, entry)| {
+                self.manifest.get(path.as_str()) != Some(*entry) || restored.contains(*path)
+            })
+            .map(|(path, _)| path.clone())
+            .collect();
+        let delete: Vec<TreePath> = self
+            .manifest
+            .iter()
+            .map(|(path, _)| path)
+            .filter(|path| target.get(path.as_str()).is_none())
+            .cloned()
+            .collect();
+        if !write.is_empty() || !delete.is_empty() {
+            self.take_over(staged)?;
+            self.touch(write.iter().chain(&delete))?;
+            let journal = Journal {
+                target,
+                write,
+                delete,
+            };
+            self.layout.store(JOURNAL, &journal)?;
+            self.carry_out(journal)?;
+        }
+        Ok(Applied {
+            restored: restored.into_iter().collect(),
+        })
+    }
+
+    /// Files written or deleted since `build_plan` last succeeded; all that is known to be touched, if it never did.
+    pub(crate) fn touched(&self, build_plan: &Digest) -> TouchedFiles {
+        match self.touched.get(build_plan) {
+            Some(touched) => touched.clone(),
+            None => self
+                .touched
+                .values()
+                .flat_map(BTreeMap::keys)
+                .map(|path| (path.clone(), BTreeSet::new()))
+                .collect(),
+        }
+    }
+
+    /// Notes that a build by `build_plan` did not succeed but compiled `units`.
+    pub(crate) fn partly_built(
+        &mut self,
+        build_plan: Digest,
+        units: &BTreeSet<String>,
+    ) -> anyhow::Result<()> {
+        let mut touched = self.touched(&build_plan);
+        touched
+            .values_mut()
+            .for_each(|compiled| compiled.extend(units.iter().cloned()));
+        self.touched.insert(build_plan, touched);
+        self.layout.store(TOUCHED, &self.touched)
+    }
+
+    /// Notes that a build of the present tree by `build_plan` succeeded.
+    pub(crate) fn built(&mut self, build_plan: Digest) -> anyhow::Result<()> {
+        if self.touched.len() >= MAX_BUILD_PLANS && !self.touched.contains_key(&build_plan) {
+            self.touched.pop_first();
+        }
+        self.touched.insert(build_plan, TouchedFiles::new());
+        self.layout.store(TOUCHED, &self.touched)
+    }
+
+    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made.
+    pub(crate) fn build_ended(&mut self) -> anyhow::Result<()> {
+        self.last_build = now().max(self.last_build);
+        self.layout.store(LAST_BUILD, &self.last_build)
+    }
+
+    /// Reads a pristine file of the tree, checked against its digest.
+    pub(crate) fn content(layout: &Layout, digest: &Digest) -> io::Result<Vec<u8>> {
+        let mut content = Vec::new();
+        let file = fs::File::open(layout.contents().join(digest.to_string()))?;
+        file.take(MAX_PREFIX_BYTES).read_to_end(&mut content)?;
+        if Digest::of(&content) != *digest {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a pristine copy of a file is damaged",
+            ));
+        }
+        Ok(content)
+    }
+
+    /// Forgets files without a pristine copy, so that the next push sends them again.
+    fn drop_what_is_lost(&mut self) -> anyhow::Result<()> {
+        let is_there = |entry: &Entry| {
+            let metadata = fs::metadata(self.layout.contents().join(entry.digest.to_string()));
+            metadata.is_ok_and(|metadata| metadata.len() == entry.size)
+        };
+        let (kept, lost): (Vec<_>, Vec<_>) = self
+            .manifest
+            .clone()
+            .into_iter()
+            .partition(|(_, entry)| is_there(entry));
+        if !lost.is_empty() {
+            tracing::warn!(
+                files = lost.len(),
+                "files of the tree are lost; the next push sends them again"
+            );
+            self.touch(lost.iter().map(|(path, _)| path))?;
+            lost.iter().try_for_each(|(path, _)| self.delete(path))?;
+            self.set_manifest(Manifest::new(kept)?)?;
+        }
+        Ok(())
+    }
+
+    /// Puts every file back that differs from the manifest.
+    fn restore(&mut self) -> anyhow::Result<()> {
+        let differing = self.changed_behind_our_back()?;
+        if !differing.is_empty() {
+            self.touch(differing.iter())?;
+            let target = self.manifest.clone();
+            self.carry_out(Journal {
+                target,
+                write: differing.into_iter().collect(),
+                delete: Vec::new(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Pushed files whose content is no longer the pushed one. Only those whose metadata changed are read.
+    fn changed_behind_our_back(&mut self) -> anyhow::Result<BTreeSet<TreePath>> {
+        let mut changed = BTreeSet::new();
+        for (path, entry) in self.manifest.iter() {
+            let on_disk = self.layout.tree().join(path);
+            let stamp = fs::symlink_metadata(&on_disk)
+                .ok()
+                .map(|metadata| Stamp::of(&metadata));
+            if stamp.is_some() && stamp.as_ref() == self.stamps.get(path) {
+                continue;
+            }
+            match stamp {
+                Some(stamp) if read_entry(&on_disk).is_ok_and(|found| found == *entry) => {
+                    self.stamps.insert(path.clone(), stamp);
+                }
+                _ => {
+                    changed.insert(path.clone());
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Moves staged contents to the pristine copies.
+    fn take_over(&self, staged: &Staged) -> anyhow::Result<()> {
+        for item in fs::read_dir(staged.folder.path())? {
+            let item = item?;
+            fs::rename(item.path(), self.layout.contents().join(item.file_name()))
+                .context("cannot keep a received file")?;
+        }
+        Ok(())
+    }
+
+    /// Notes `paths` as touched for every build plan, before they change.
+    fn touch<'p>(
+        &mut self,
+        paths: impl Iterator<Item = &'p TreePath> + Clone,
+    ) -> anyhow::Result<()> {
+        for touched in self.touched.values_mut() {
+            touched.extend(paths.clone().map(|path| (path.clone(), BTreeSet::new())));
+        }
+        self.layout.store(TOUCHED, &self.touched)
+    }
+
+    /// Runs a journal to its end. May run again after it was interrupted anywhere.
+    fn carry_out(&mut self, journal: Journal) -> anyhow::Result<()> {
+        let time = self.time_for_changed_files();
+        for path in &journal.delete {
+            self.delete(path)
+                .with_context(|| format!("cannot delete `{path}`"))?;
+        }
+        for path in &journal.write {
+            let entry = journal
+                .target
+                .get(path.as_str())
+                .context("the journal names a file that its tree does not have")?;
+            self.write(path, entry, time)
+                .with_context(|| format!("cannot write `{path}`"))?;
+        }
+        self.set_manifest(journal.target)?;
+        match fs::remove_file(self.layout.state(JOURNAL)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context("cannot remove the journal")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn set_manifest(&mut self, manifest: Manifest) -> anyhow::Result<()> {
+        self.layout.store(MANIFEST, &manifest)?;
+        self.digest = manifest.tree_digest();
+        self.stamps
+            .retain(|path, _| manifest.get(path.as_str()).is_some());
+        self.manifest = manifest;
+        self.drop_unused_contents()
+    }
+
+    fn drop_unused_contents(&self) -> anyhow::Result<()> {
+        let used: HashSet<String> = self
+            .manifest
+            .iter()
+            .map(|(_, entry)| entry.digest.to_string())
+            .collect();
+        for item in fs::read_dir(self.layout.contents())? {
+            let item = item?;
+            if !item
+                .file_name()
+                .to_str()
+                .is_some_and(|name| used.contains(name))
+            {
+                fs::remove_file(item.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Later than anything the last build made, and not in the future when the next one starts.
+    fn time_for_changed_files(&self) -> FileTime {
+        let time = now().max(self.last_build + TICK);
+        if let Some(wait) = time.checked_sub(now()).filter(|wait| *wait <= TICK) {
+            std::thread::sleep(wait);
+        }
+        FileTime::from_system_time(UNIX_EPOCH + time)
+    }
+
+    fn delete(&mut self, path: &TreePath) -> io::Result<()> {
+        self.stamps.remove(path);
+        match self.folder.symlink_metadata(path) {
+            Ok(metadata) if !metadata.is_dir() => self.folder.remove_file(path)?,
+            // Already gone, or something else took its place: neither is the pushed file.
+            _ => {}
+        }
+        for folder in path.ancestors() {
+            // Fails on the first folder that is not empty.
+            if self.folder.remove_dir(folder).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, path: &TreePath, entry: &Entry, time: FileTime) -> anyhow::Result<()> {
+        let staging = tempfile::TempDir::new_in(self.layout.staging())?;
+        let new = staging.path().join("new");
+        let pristine = self.layout.contents().join(entry.digest.to_string());
+        if entry.kind == Kind::Symlink {
+            std::os::unix::fs::symlink(fs::read_to_string(&pristine)?, &new)?;
+        } else {
+            let mode = if entry.kind == Kind::Executable {
+                0o755
+            } else {
+                0o644
+            };
+            let mut file = fs::File::create(&new)?;
+            let (_, digest) = copy_and_digest(&mut fs::File::open(&pristine)?, &mut file)?;
+            anyhow::ensure!(digest == entry.digest, "its pristine copy is damaged");
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            filetime::set_file_handle_times(&file, None, Some(time))?;
+        }
+        let folder = self.folder_for(path)?;
+        let name = Path::new(path.file_name());
+        if folder
+            .symlink_metadata(name)
+            .is_ok_and(|metadata| metadata.is_dir())
+        {
+            folder.remove_dir_all(name)?;
+        }
+        Dir::open_ambient_dir(staging.path(), ambient_authority())?.rename("new", &folder, name)?;
+        let stamp = Stamp::of(&fs::symlink_metadata(self.layout.tree().join(path))?);
+        self.stamps.insert(path.clone(), stamp);
+        Ok(())
+    }
+
+    /// The folder that `path` lies in, made if needed. Whatever stands in the way and is no real folder goes, links above all.
+    fn folder_for(&self, path: &TreePath) -> io::Result<Dir> {
+        let mut folder = self.folder.try_clone()?;
+        let Some(parent) = path.parent() else {
+            return Ok(folder);
+        };
+        for component in parent.as_str().split('/') {
+            match folder.symlink_metadata(component) {
+                Ok(metadata) if metadata.is_dir() => {}
+                Ok(_) => {
+                    folder.remove_file(component)?;
+                    folder.create_dir(component)?;
+                }
+                Err(_) => folder.create_dir(component)?,
+            }
+            folder = folder.open_dir(component)?;
+        }
+        Ok(folder)
+    }
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            size: metadata.len(),
+            inode: metadata.ino(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// The entry that a file on disk makes.
+fn read_entry(path: &Path) -> io::Result<Entry> {
+    let metadata = fs::symlink_metadata(path)?;
+    if metadata.is_symlink() {
+        return Ok(Entry::of(
+            Kind::Symlink,
+            fs::read_link(path)?.as_os_str().as_encoded_bytes(),
+        ));
+    }
+    let executable = metadata.permissions().mode() & 0o100 != 0;
+    let (size, digest) = copy_and_digest(&mut fs::File::open(path)?, &mut io::sink())?;
+    Ok(Entry {
+        kind: if executable {
+            Kind::Executable
+        } else {
+            Kind::File
+        },
+        size,
+        digest,
+    })
+}
+
+fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u64, Digest)> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 64 << 10];
+    let mut size = 0;
+    loop {
+        let read = match from.read(&mut buffer) {
+            Ok(0) => return Ok((size, Digest::finish(hasher))),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        hasher.update(&buffer[..read]);
+        to.write_all(&buffer[..read])?;
+        size += read as u64;
+    }
+}
+
+/// Removes everything in `folder`.
+fn empty(folder: &Path) -> anyhow::Result<()> {
+    for item in fs::read_dir(folder)? {
+        let path: PathBuf = item?.path();
+        let removed = if path.is_dir() && !path.is_symlink() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.with_context(|| format!("cannot remove `{}`", path.display()))?;
+    }
+    Ok(())
+}
+
+fn now() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A workspace in a temporary folder.
+    struct Bench {
+        _folder: tempfile::TempDir,
+        layout: Layout,
+    }
+
+    /// Path, kind and content.
+    type File<'t> = (&'t str, Kind, &'t str);
+
+    impl Bench {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let layout = Layout::create(folder.path()).unwrap();
+            Self {
+                _folder: folder,
+                layout,
+            }
+        }
+
+        fn open(&self) -> Tree {
+            Tree::open(&self.layout).unwrap()
+        }
+
+        fn stage(&self, files: &[File<'_>]) -> (Manifest, Staged) {
+            let staged = Staged::new(&self.layout).unwrap();
+            let entries: Vec<_> = files
+                .iter()
+                .map(|(path, kind, content)| {
+                    (
+                        TreePath::new(*path).unwrap(),
+                        staged.store(*kind, &mut content.as_bytes()).unwrap(),
+                    )
+                })
+                .collect();
+            (Manifest::new(entries).unwrap(), staged)
+        }
+
+        fn apply(&self, tree: &mut Tree, files: &[File<'_>]) -> Applied {
+            let (target, staged) = self.stage(files);
+            tree.apply(target, &staged).unwrap()
+        }
+
+        fn path(&self, path: &str) -> PathBuf {
+            self.layout.tree().join(path)
+        }
+
+        fn read(&self, path: &str) -> String {
+            fs::read_to_string(self.path(path)).unwrap()
+        }
+
+        /// Every file below the tree's folder, whoever made it.
+        fn files(&self) -> Vec<String> {
+            let mut found = Vec::new();
+            let mut folders = vec![self.layout.tree()];
+            while let Some(folder) = folders.pop() {
+                for item in fs::read_dir(folder).unwrap() {
+                    let path = item.unwrap().path();
+                    if path.is_dir() && !path.is_symlink() {
+                        folders.push(path);
+                    } else {
+                        found.push(
+                            path.strip_prefix(self.layout.tree())
+                                .unwrap()
+                                .to_str()
+                                .unwrap()
+                                .to_owned(),
+                        );
+                    }
+                }
+            }
+            found.sort();
+            found
+        }
+    }
+
+    fn file<'t>(path: &'t str, content: &'t str) -> File<'t> {
+        (path, Kind::File, content)
+    }
+
+    fn modified(path: &Path) -> SystemTime {
+        fs::symlink_metadata(path).unwrap().modified().unwrap()
+    }
+
+    #[test]
+    fn the_tree_becomes_the_target_whatever_moved() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(
+            &mut tree,
+            &[file("foo.rs", "1"), file("a/b/c", "2"), file("x", "3")],
+        );
+        let target = [
+            file("foo/mod.rs", "1"),
+            ("x", Kind::Executable, "3"),
+            ("link", Kind::Symlink, "foo/mod.rs"),
+        ];
+        bench.apply(&mut tree, &target);
+        assert_eq!(bench.files(), ["foo/mod.rs", "link", "x"]);
+        assert!(!bench.path("a").exists(), "folders that became empty go");
+        assert_eq!(
+            fs::metadata(bench.path("x")).unwrap().permissions().mode() & 0o777,
+            0o755
+        );
+        assert_eq!(bench.read("link"), "1");
+        let (expected, _staged) = bench.stage(&target);
+        assert_eq!(tree.digest(), expected.tree_digest());
+        assert_eq!(
+            bench.open().digest(),
+            expected.tree_digest(),
+            "it is remembered"
+        );
+        bench.apply(&mut tree, &[file("foo", "file again")]);
+        assert_eq!(bench.files(), ["foo"]);
+    }
+
+    #[test]
+    fn unchanged_files_keep_their_time_and_changed_ones_are_newer_than_the_last_build() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("same", "1"), file("changed", "1")]);
+        let before = modified(&bench.path("same"));
+        // A build that ended in the future, as after a clock was set back.
+        tree.last_build = now() + Duration::from_secs(3600);
+        bench.apply(&mut tree, &[file("same", "1"), file("changed", "2")]);
+        assert_eq!(modified(&bench.path("same")), before);
+        let changed = modified(&bench.path("changed"))
+            .duration_since(UNIX_EPOCH)
+            .unwrap();
+        assert!(
+            changed >= tree.last_build + TICK,
+            "{changed:?} {:?}",
+            tree.last_build
+        );
+    }
+
+    #[test]
+    fn a_changed_file_written_right_after_a_build_is_newer_and_not_in_the_future() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        tree.build_ended().unwrap();
+        bench.apply(&mut tree, &[file("changed", "1")]);
+        let changed = modified(&bench.path("changed"));
+        assert!(changed.duration_since(UNIX_EPOCH).unwrap() >= tree.last_build + TICK);
+        assert!(changed <= SystemTime::now());
+    }
+
+    #[test]
+    fn what_the_build_changed_is_put_back_and_named() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        let files = [
+            file("Cargo.lock", "pushed"),
+            file("other", "1"),
+            file("gone", "2"),
+        ];
+        bench.apply(&mut tree, &files);
+        fs::write(bench.path("Cargo.lock"), "longer than pushed").unwrap();
+        fs::write(bench.path("generated"), "not pushed").unwrap();
+        fs::remove_file(bench.path("gone")).unwrap();
+        let applied = bench.apply(&mut tree, &files);
+        assert_eq!(
+            applied.restored,
+            ["Cargo.lock", "gone"].map(|path| TreePath::new(path).unwrap())
+        );
+        assert_eq!(
+            (
+                bench.read("Cargo.lock").as_str(),
+                bench.read("gone").as_str()
+            ),
+            ("pushed", "2")
+        );
+        assert_eq!(
+            bench.read("generated"),
+            "not pushed",
+            "what was not pushed is left alone"
+        );
+        // The same while the agent was not running.
+        fs::write(bench.path("other"), "x").unwrap();
+        bench.open();
+        assert_eq!(bench.read("other"), "1");
+    }
+
+    #[test]
+    fn a_link_in_the_way_is_replaced_and_never_followed() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        let outside = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(outside.path(), bench.path("src")).unwrap();
+        std::os::unix::fs::symlink(outside.path().join("target"), bench.path("file")).unwrap();
+        bench.apply(&mut tree, &[file("src/main.rs", "1"), file("file", "2")]);
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        assert_eq!(
+            (
+                bench.read("src/main.rs").as_str(),
+                bench.read("file").as_str()
+            ),
+            ("1", "2")
+        );
+        assert!(!bench.path("file").is_symlink());
+    }
+
+    #[test]
+    fn a_push_that_was_interrupted_after_its_commit_point_is_finished_at_the_next_start() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "1"), file("c", "1")]);
+        let (target, staged) = bench.stage(&[file("a", "2"), file("b", "2"), file("d", "2")]);
+        let paths = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| TreePath::new(*name).unwrap())
+                .collect::<Vec<_>>()
+        };
+        // As far as the commit point, and half of what follows it.
+        tree.take_over(&staged).unwrap();
+        let journal = Journal {
+            target: target.clone(),
+            write: paths(&["a", "b", "d"]),
+            delete: paths(&["c"]),
+        };
+        bench.layout.store(JOURNAL, &journal).unwrap();
+        fs::write(bench.path("a"), "2").unwrap();
+        drop(tree);
+        let tree = bench.open();
+        assert_eq!(tree.digest(), target.tree_digest());
+        assert_eq!(bench.files(), ["a", "b", "d"]);
+        assert_eq!(bench.read("b"), "2");
+        assert!(!bench.layout.state(JOURNAL).exists());
+    }
+
+    #[test]
+    fn lost_contents_make_the_tree_another_one_so_that_they_are_sent_again() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "2")]);
+        fs::remove_file(bench.layout.contents().join(Digest::of(b"2").to_string())).unwrap();
+        let tree = bench.open();
+        assert_eq!(tree.manifest().len(), 1);
+        assert_eq!(bench.files(), ["a"]);
+    }
+
+    #[test]
+    fn touched_files_are_known_until_a_build_of_the_plan_succeeds() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        let (dev, release) = (Digest::of(b"dev"), Digest::of(b"release"));
+        tree.built(dev).unwrap();
+        bench.apply(&mut tree, &[file("a", "1")]);
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "1")]);
+        tree.partly_built(dev, &BTreeSet::from(["unit".to_owned()]))
+            .unwrap();
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "2")]);
+        drop(tree);
+        let mut tree = bench.open();
+        let touched = tree.touched(&dev);
+        let compiled: Vec<(&str, usize)> = touched
+            .iter()
+            .map(|(path, units)| (path.as_str(), units.len()))
+            .collect();
+        assert_eq!(compiled, [("a", 1), ("b", 0)]);
+        assert_eq!(
+            tree.touched(&release).len(),
+            2,
+            "a plan that never built takes all for touched"
+        );
+        tree.built(dev).unwrap();
+        assert!(tree.touched(&dev).is_empty());
+    }
+
+    #[test]
+    fn a_folder_that_was_filled_while_an_image_was_built_is_taken_as_the_tree() {
+        let bench = Bench::new();
+        fs::create_dir_all(bench.path("src")).unwrap();
+        fs::create_dir_all(bench.path(".git")).unwrap();
+        fs::write(bench.path(".git/config"), "").unwrap();
+        fs::write(bench.path("src/main.rs"), "fn main() {}").unwrap();
+        std::os::unix::fs::symlink("src/main.rs", bench.path("link")).unwrap();
+        let mut tree = bench.open();
+        let before = modified(&bench.path("src/main.rs"));
+        tree.adopt().unwrap();
+        let (expected, _staged) = bench.stage(&[
+            file("src/main.rs", "fn main() {}"),
+            ("link", Kind::Symlink, "src/main.rs"),
+        ]);
+        assert_eq!(tree.digest(), expected.tree_digest());
+        assert_eq!(bench.open().digest(), expected.tree_digest());
+        assert_eq!(modified(&bench.path("src/main.rs")), before);
+    }
+}

@@ -1,0 +1,2 @@
+//! The app that the tests run.
+fn main() {}
