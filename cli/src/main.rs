@@ -3,6 +3,7 @@
 //! `main` only wires: arguments in, one command, an exit code out. It decides nothing itself.
 
 mod account;
+#[cfg(unix)]
 mod agent;
 mod arguments;
 mod ask;
@@ -17,6 +18,8 @@ mod diff;
 mod discover;
 #[cfg(test)]
 mod fake_agent;
+#[cfg(test)]
+mod fixture;
 mod folders;
 mod interrupt;
 mod keys;

@@ -3,7 +3,7 @@
 //! Each stage is a file of its own and knows nothing of the others; only their order, and what to do when the agent has another
 //! tree than expected, lies here.
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use bytes::Bytes;
 use rrun_protocol::{
@@ -23,7 +23,7 @@ use crate::{
     folders::ProjectId,
     interrupt,
     local::{self, Reached},
-    pack::{PackRequest, Packed, pack},
+    pack::{PackError, PackRequest, Packed, pack},
     problem::{Context as _, Problem},
     render::DryRun,
     scan::{Scan, ScanError, scan},
@@ -72,22 +72,18 @@ async fn push(
     let place = Place::new(checkout.project_folder.clone(), &arguments.folder);
     let service = Service::choose(here, &arguments.target, &place)?;
     let state = here.folders.project_state(&place.id);
-    let (id, sequence) = checkout::number(&state, &place.folder).or_cannot("number the push")?;
-
-    let scan = scan_still(&checkout, &cache, false)?;
-    for note in scan.notes.iter().chain(&checkout.notes) {
-        here.render.note(&note.text, note.hint.as_deref());
-    }
+    let scan = Numbered::scan(&state, &checkout, &cache)?;
+    show_notes(here, &checkout, &scan.scan);
     account.scan = Some(here.started.elapsed());
-    account.tree = Some(scan.manifest.tree_digest());
+    account.tree = Some(scan.tree());
 
-    let push = Outgoing {
+    let mut push = Outgoing {
         here,
         arguments,
         checkout: &checkout,
         cache: &cache,
-        scan: &scan,
-        numbered: (id, sequence),
+        state: &state,
+        scan,
         id: PushId::from_random(random().or_cannot("draw random bytes")?),
     };
     account.push = Some(push.id);
@@ -111,8 +107,7 @@ async fn push(
 }
 
 fn find(here: &Here, arguments: &PushArguments) -> Result<(Checkout, Cache), Problem> {
-    let open =
-        |folder: &std::path::Path| Cache::open(here.folders.project_cache(&ProjectId::of(folder)));
+    let open = |folder: &Path| Cache::open(here.folders.project_cache(&ProjectId::of(folder)));
     discover(&arguments.folder, &arguments.choice.selection(), open).map_err(|error| {
         let hint = error.hint();
         Problem::usage(error).hint(hint)
@@ -138,9 +133,7 @@ fn scan_still(checkout: &Checkout, cache: &Cache, listing: bool) -> Result<Scan,
 
 fn list(here: &Here, checkout: &Checkout, cache: &Cache) -> Result<End, Problem> {
     let scan = scan_still(checkout, cache, true)?;
-    for note in scan.notes.iter().chain(&checkout.notes) {
-        here.render.note(&note.text, note.hint.as_deref());
-    }
+    show_notes(here, checkout, &scan);
     let whole = DryRun {
         tree: scan.manifest.tree_digest(),
         files: scan.manifest.len(),
@@ -150,21 +143,50 @@ fn list(here: &Here, checkout: &Checkout, cache: &Cache) -> Result<End, Problem>
     Ok(End::Left)
 }
 
+fn show_notes(here: &Here, checkout: &Checkout, scan: &Scan) {
+    for note in scan.notes.iter().chain(&checkout.notes) {
+        here.render.note(&note.text, note.hint.as_deref());
+    }
+}
+
+/// A scan with its number in the checkout. The number comes first, so that the later scan never has the lower one.
+struct Numbered {
+    checkout: CheckoutId,
+    sequence: u64,
+    scan: Scan,
+}
+
+impl Numbered {
+    fn scan(state: &Path, checkout: &Checkout, cache: &Cache) -> Result<Self, Problem> {
+        let folder = &checkout.project_folder;
+        let (id, sequence) = checkout::number(state, folder).or_cannot("number the push")?;
+        Ok(Self {
+            checkout: id,
+            sequence,
+            scan: scan_still(checkout, cache, false)?,
+        })
+    }
+
+    fn tree(&self) -> TreeDigest {
+        self.scan.manifest.tree_digest()
+    }
+}
+
 /// A scanned tree on its way to an agent.
 struct Outgoing<'a> {
     here: &'a Here,
     arguments: &'a PushArguments,
     checkout: &'a Checkout,
     cache: &'a Cache,
-    scan: &'a Scan,
-    numbered: (CheckoutId, u64),
+    state: &'a Path,
+    scan: Numbered,
     id: PushId,
 }
 
 impl Outgoing<'_> {
     /// Sends it to the agent that is meant; on this machine to one that is started if need be.
     async fn to(
-        &self,
+        &mut self,
         service: &Service,
         place: &Place,
         account: &mut Account,
@@ -200,7 +222,7 @@ impl Outgoing<'_> {
 
     /// Sends it to this agent, unless Ctrl-C cancels it.
     async fn through(
-        &self,
+        &mut self,
         agent: &Agent,
         presses: &mut watch::Receiver<u32>,
         account: &mut Account,
@@ -213,7 +235,7 @@ impl Outgoing<'_> {
     }
 
     /// Packs and sends, again when the agent has another tree than the one packed against.
-    async fn converse(&self, agent: &Agent, account: &mut Account) -> Result<Sent, AskError> {
+    async fn converse(&mut self, agent: &Agent, account: &mut Account) -> Result<Sent, AskError> {
         let mut base = send::tree(agent, self.cache, agent.signer().known().tree).await?;
         for _ in 0..MAX_PACKS {
             let body = self.pack(&base, account)?;
@@ -245,25 +267,28 @@ impl Outgoing<'_> {
             .into())
     }
 
-    fn pack(&self, base: &Manifest, account: &mut Account) -> Result<Bytes, Problem> {
+    fn pack(&mut self, base: &Manifest, account: &mut Account) -> Result<Bytes, Problem> {
         let since = Instant::now();
-        let request = PackRequest {
-            scan: self.scan,
-            base,
-            checkout: self.numbered.0,
-            sequence: self.numbered.1,
-            no_build: self.arguments.no_build,
-            plan: &self.checkout.project.plan,
-            max_upload: self.arguments.max_upload,
-        };
+        let mut tries = 0;
         let Packed {
             body,
             files,
             unpacked_bytes,
-        } = pack(&request, self.cache).map_err(|error| {
-            let hint = error.hint();
-            Problem::usage(error).hint(hint)
-        })?;
+        } = loop {
+            tries += 1;
+            match pack(&self.request(base), self.cache) {
+                Ok(packed) => break packed,
+                // A file was edited after the scan: what is sent is scanned anew.
+                Err(PackError::Scan(ScanError::ChangedMeanwhile { .. })) if tries < MAX_SCANS => {
+                    self.scan = Numbered::scan(self.state, self.checkout, self.cache)?;
+                    account.tree = Some(self.scan.tree());
+                }
+                Err(error) => {
+                    let hint = error.hint();
+                    return Err(Problem::usage(error).hint(hint));
+                }
+            }
+        };
         if body.len() as u64 > UNASKED_BODY_BYTES {
             let packed = body.len() as u64;
             self.here.render.sending(files, packed, unpacked_bytes);
@@ -273,6 +298,19 @@ impl Outgoing<'_> {
         Ok(body.into())
     }
 
+    fn request<'b>(&'b self, base: &'b Manifest) -> PackRequest<'b> {
+        PackRequest {
+            scan: &self.scan.scan,
+            base,
+            checkout: self.scan.checkout,
+            sequence: self.scan.sequence,
+            no_build: self.arguments.no_build,
+            full: self.arguments.full,
+            plan: &self.checkout.project.plan,
+            max_upload: self.arguments.max_upload,
+        }
+    }
+
     fn see(&self, event: &Event, posted: Instant, agent: &Agent, account: &mut Account) -> Then {
         account.send.get_or_insert_with(|| posted.elapsed());
         self.here.render.event(event);
@@ -280,7 +318,7 @@ impl Outgoing<'_> {
             EventKind::Received { .. } => {
                 // The agent is at work and the laptop is not: the time to keep what the next push starts from. Without it,
                 // that push only costs one more round trip.
-                let _ = self.cache.remember(self.scan);
+                let _ = self.cache.remember(&self.scan.scan);
                 if self.arguments.detach {
                     return Then::Leave;
                 }
@@ -294,11 +332,7 @@ impl Outgoing<'_> {
 
     /// The agent has the tree that was scanned.
     fn acknowledge(&self, agent: &Agent) {
-        agent.signer().remember_tree(self.tree());
-    }
-
-    fn tree(&self) -> TreeDigest {
-        self.scan.manifest.tree_digest()
+        agent.signer().remember_tree(self.scan.tree());
     }
 
     /// Says why more is sent than changed.
