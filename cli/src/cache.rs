@@ -349,8 +349,11 @@ mod tests {
         let scan = scanned(&fixture, "fn main() { 1; }");
         cache.remember(&scan).unwrap();
         let tree = cache.trees().remove(0);
-        fs::write(&tree.file, b"junk").unwrap();
-        assert!(cache.tree(&tree.digest).is_none());
+        let other = postcard::to_stdvec(&Manifest::default()).unwrap();
+        for bytes in [b"junk".to_vec(), other] {
+            fs::write(&tree.file, bytes).unwrap();
+            assert!(cache.tree(&tree.digest).is_none());
+        }
         let digest = Digest::of(b"fn main() { 1; }");
         fs::write(cache.content_file(&digest), b"junk").unwrap();
         assert!(cache.content(&digest).is_none());
