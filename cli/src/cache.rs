@@ -5,6 +5,7 @@
 //! one or none. It does not choose its folder, and holds nothing that only it knows.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashSet},
     fs, io,
     io::Write as _,
@@ -178,7 +179,7 @@ impl Cache {
             .flatten()
             .filter_map(|entry| KeptTree::of(entry.path()))
             .collect();
-        trees.sort_by(|left, right| (right.number, right.digest).cmp(&(left.number, left.digest)));
+        trees.sort_by_key(|tree| Reverse((tree.number, tree.digest)));
         trees
     }
 
@@ -297,15 +298,11 @@ mod tests {
     #[test]
     fn nobody_else_can_read_it() {
         use std::os::unix::fs::PermissionsExt as _;
-        let cache = Fixture::new().cache();
         let fixture = Fixture::new();
         fs::create_dir_all(fixture.path("open")).unwrap();
-        let reopened = Cache::open(fixture.path("open")).unwrap();
-        for folder in [&reopened.folder] {
-            let mode = fs::metadata(folder).unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o700);
-        }
-        drop(cache);
+        let cache = Cache::open(fixture.path("open")).unwrap();
+        let mode = fs::metadata(&cache.folder).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
     }
 
     #[test]
@@ -352,8 +349,11 @@ mod tests {
         let scan = scanned(&fixture, "fn main() { 1; }");
         cache.remember(&scan).unwrap();
         let tree = cache.trees().remove(0);
-        fs::write(&tree.file, b"junk").unwrap();
-        assert!(cache.tree(&tree.digest).is_none());
+        let other = postcard::to_stdvec(&Manifest::default()).unwrap();
+        for bytes in [b"junk".to_vec(), other] {
+            fs::write(&tree.file, bytes).unwrap();
+            assert!(cache.tree(&tree.digest).is_none());
+        }
         let digest = Digest::of(b"fn main() { 1; }");
         fs::write(cache.content_file(&digest), b"junk").unwrap();
         assert!(cache.content(&digest).is_none());

@@ -188,11 +188,10 @@ fn prefix(base: &Manifest, difference: &Difference, cache: &Cache) -> Option<Vec
 /// On a slow uplink the smallest body is the fastest push while compressing takes less time than sending what it saves. At 19 that holds
 /// up to about 1 MiB (some 0.3 s); a first push of a large tree would take half a minute, where 3 takes a moment.
 fn level(input: usize) -> i32 {
-    const MIB: usize = 1 << 20;
-    match input {
-        0..=MIB => 19,
-        ..=8_388_608 => 12,
-        ..=33_554_432 => 6,
+    match input >> 20 {
+        0 => 19,
+        1..8 => 12,
+        8..32 => 6,
         _ => 3,
     }
 }

@@ -215,6 +215,7 @@ pub(crate) fn follow(
             followed
                 .foreign_roots
                 .insert(root.folder.join("Cargo.toml"));
+            followed.foreign_roots.extend(root.target_files(inputs));
         }
         followed.packages.insert(folder, name);
     }

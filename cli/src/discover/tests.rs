@@ -269,7 +269,8 @@ fn mark(fixture: &Fixture, folder: &str) {
 }
 
 fn is_remembered(checkout: &Checkout) -> bool {
-    checkout.sources.folders[0].why == "remembered"
+    let mut folders = checkout.sources.folders.iter();
+    folders.any(|folder| folder.why == "remembered")
 }
 
 #[test]
@@ -323,6 +324,7 @@ fn whatever_could_change_the_answer_makes_it_ask_again() {
         fixture.library("ws/crates/two", "two", "");
         fixture.library("dep", "dep", "");
         mark(&fixture, "ws/crates/one");
+        assert!(is_remembered(&found(&fixture, "ws/crates/one")));
         change(&fixture);
         let after = try_discover(&fixture, "ws/crates/one", &surroundings());
         assert!(after.is_err() || !is_remembered(&after.unwrap()), "{what}");

@@ -306,6 +306,7 @@ fn a_start_inside_an_ignored_folder_is_walked_once() {
         paths(&scan),
         [".gitignore", "inside/src.rs", "vendored/lib/src.rs"]
     );
+    assert_eq!(rule(&scan, "inside/src.rs"), ("path dependency", true));
 }
 
 #[cfg(unix)]
@@ -442,7 +443,7 @@ fn ignored_credentials_stop_nothing_and_allowed_ones_go() {
     checkout.project.settings.allow.clear();
     let error = try_scan(&fixture, &checkout).unwrap_err();
     assert!(matches!(error, ScanError::Credentials { .. }), "{error}");
-    checkout.project.settings.allow = vec!["server.pem".to_owned()];
+    checkout.project.settings.allow = vec!["/keys/server.pem".to_owned()];
     checkout.project.settings_folder = Some(path("tests"));
     try_scan(&fixture, &checkout).unwrap();
 }
