@@ -72,6 +72,11 @@ impl AskError {
         )
     }
 
+    /// Whether the agent does not know this key.
+    pub(crate) fn is_stranger(&self) -> bool {
+        self.refused_with(StatusCode::UNAUTHORIZED).is_some()
+    }
+
     /// Whether asking once more may help.
     pub(crate) fn is_broken(&self) -> bool {
         matches!(self, Self::Broken { .. } | Self::Unreachable { .. })

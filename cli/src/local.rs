@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hyper::{Method, StatusCode};
+use hyper::Method;
 use rrun_protocol::{BootId, CONTROL_PREFIX};
 use serde::Deserialize;
 
@@ -158,7 +158,7 @@ pub(crate) async fn ensure(
                 });
             }
             // Its own boot answers, and it does not know this key: it is the agent, and cannot be asked to go.
-            Err(error) if error.refused_with(StatusCode::UNAUTHORIZED).is_some() => {
+            Err(error) if error.is_stranger() => {
                 process::terminate(announced.pid);
             }
             Ok(()) => {
@@ -216,7 +216,7 @@ pub(crate) async fn end(here: &Here, place: &Place, key: &KeyFile) -> Result<boo
     let agent = announced.agent(here, place, service::key(here, key)?)?;
     let was_there = match ask_to_end(&agent).await {
         Ok(()) => true,
-        Err(error) if error.refused_with(StatusCode::UNAUTHORIZED).is_some() => {
+        Err(error) if error.is_stranger() => {
             process::terminate(announced.pid);
             true
         }

@@ -204,7 +204,7 @@ impl Outgoing<'_> {
         }
         if let Some(Reached { agent, .. }) = local::presumed(here, place, &target.key, port)? {
             match self.through(&agent, &mut presses, account).await {
-                Err(error) if error.is_absence() => {}
+                Err(error) if error.is_absence() || error.is_stranger() => {}
                 sent => return Ok(sent?),
             }
         }
@@ -340,7 +340,7 @@ impl Outgoing<'_> {
         let who = if agent.boot_changed() {
             "a new instance answers, which has another tree"
         } else {
-            "the agent has another tree (somebody else's push)"
+            "the agent has another tree (of another push)"
         };
         self.here
             .render
