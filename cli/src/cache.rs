@@ -247,10 +247,6 @@ fn remove(file: &Path) -> io::Result<()> {
 }
 
 /// Sources lie in here: nobody else on this machine may read them. On Windows the user's own folders are closed as they are.
-#[cfg_attr(
-    not(unix),
-    expect(clippy::unnecessary_wraps, reason = "it can fail on Unix")
-)]
 fn close_to_others(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     {

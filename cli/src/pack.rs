@@ -327,6 +327,7 @@ mod tests {
         let alone = project
             .pack(&after, &before.manifest, DEFAULT_MAX_UPLOAD_BYTES)
             .unwrap();
+        assert!(!Preamble::from_body(&alone.body).unwrap().0.with_prefix);
         assert_eq!(unpack(&alone.body, &before), after.manifest);
         assert!(alone.body.len() > 4_000, "{}", alone.body.len());
 

@@ -154,29 +154,26 @@ fn scan_at(
     let walked = walk(checkout, global, listing)?;
     check_sizes(&walked.found)?;
     let mut notes = walked.notes;
-    let (rewritten, broken) = rewrite_configurations(checkout, &walked.found, &mut notes)?;
+    let configurations = Configurations::read(checkout, &walked.found, &mut notes)?;
     let mut found = walked.found;
-    found.retain(|file| !broken.contains(&file.path));
+    found.retain(|file| !configurations.broken.contains(&file.path));
 
-    let mut links = HashMap::new();
-    for file in found.iter().filter(|file| file.kind == Kind::Symlink) {
-        links.insert(&file.path, link_target(&file.file, &file.path)?);
-    }
+    let links = link_targets(&found)?;
     let known = contents(checkout, cache, &found, started)?;
     stop_at_credentials(checkout, &found, &known)?;
 
     let executables = executables_of_base(cache);
     let mut known = known.iter();
     let entries = found.iter().map(|file| {
-        let entry = if file.kind == Kind::Symlink {
-            Entry::of(file.kind, links[&file.path].as_bytes())
+        let kind = match executables.contains(&file.path) {
+            true if file.kind == Kind::File => Kind::Executable,
+            _ => file.kind,
+        };
+        let entry = if let Some(target) = links.get(&file.path) {
+            Entry::of(kind, target.as_bytes())
         } else {
             let content = known.next().expect("every file but links was hashed");
-            let kept = executables
-                .as_ref()
-                .is_some_and(|executables| executables.contains(&file.path));
-            let kind = if kept { Kind::Executable } else { file.kind };
-            match rewritten.get(&file.path) {
+            match configurations.rewritten.get(&file.path) {
                 Some(text) => Entry::of(kind, text),
                 None => Entry {
                     kind,
@@ -194,13 +191,12 @@ fn scan_at(
     } else {
         Vec::new()
     };
-    drop(links);
     Ok(Scan {
         manifest,
         listing,
         notes,
         root: checkout.root.clone(),
-        rewritten,
+        rewritten: configurations.rewritten,
     })
 }
 
@@ -247,26 +243,37 @@ fn check_sizes(found: &[Found]) -> Result<(), ScanError> {
     Ok(())
 }
 
-/// Contents of cargo's configuration files without what belongs to this laptop, where that differs from the disk; and those that
-/// cannot be read as TOML, which are left out because of what they may hold.
-#[expect(
-    clippy::type_complexity,
-    reason = "two collections of paths, named where they are taken"
-)]
-fn rewrite_configurations(
-    checkout: &Checkout,
-    found: &[Found],
-    notes: &mut Vec<Note>,
-) -> Result<(BTreeMap<TreePath, Vec<u8>>, BTreeSet<TreePath>), ScanError> {
-    let mut rewritten = BTreeMap::new();
-    let mut broken = BTreeSet::new();
-    let configurations = &checkout.sources.configurations;
-    for file in found {
-        let is_configuration =
-            is_cargo_config(file.path.as_str()) || configurations.contains(&file.file);
-        if !is_configuration || file.kind == Kind::Symlink {
-            continue;
+/// Cargo's configuration files as they travel.
+#[derive(Default)]
+struct Configurations {
+    /// Contents without what belongs to this laptop, where that differs from the disk.
+    rewritten: BTreeMap<TreePath, Vec<u8>>,
+    /// Those that are not TOML: left out, because of what they may hold.
+    broken: BTreeSet<TreePath>,
+}
+
+impl Configurations {
+    fn read(
+        checkout: &Checkout,
+        found: &[Found],
+        notes: &mut Vec<Note>,
+    ) -> Result<Self, ScanError> {
+        let mut configurations = Self::default();
+        let named = &checkout.sources.configurations;
+        for file in found.iter().filter(|file| file.kind != Kind::Symlink) {
+            if is_cargo_config(file.path.as_str()) || named.contains(&file.file) {
+                configurations.add(file, notes)?;
+            }
         }
+        for file in named {
+            if found.iter().all(|found| found.file != *file) {
+                note_unsent_settings(file, notes);
+            }
+        }
+        Ok(configurations)
+    }
+
+    fn add(&mut self, file: &Found, notes: &mut Vec<Note>) -> Result<(), ScanError> {
         let bytes = read_file(&file.file, &file.path)?;
         let read = String::from_utf8(bytes)
             .map_err(|error| error.to_string())
@@ -274,29 +281,31 @@ fn rewrite_configurations(
         match read {
             Ok(read) if read.left_out.is_empty() => {}
             Ok(read) => {
-                notes.push(left_out_settings(&file.path.to_string(), &read.left_out));
-                rewritten.insert(file.path.clone(), read.text.into_bytes());
+                notes.push(left_out_settings(file.path.as_str(), &read.left_out));
+                self.rewritten
+                    .insert(file.path.clone(), read.text.into_bytes());
             }
             Err(why) => {
                 let text = format!("left out `{}`: {}", file.path, why.trim_end());
                 notes.push(Note { text, hint: None });
-                broken.insert(file.path.clone());
+                self.broken.insert(file.path.clone());
             }
         }
+        Ok(())
     }
-    for file in configurations {
-        // Those that say nothing else are not sent at all, and named all the same.
-        if found.iter().all(|found| found.file != *file)
-            && let Some(read) = fs::read_to_string(file)
-                .ok()
-                .and_then(|text| portable(&text).ok())
-                .filter(|read| !read.left_out.is_empty())
-        {
-            let path = file.display().to_string();
-            notes.push(left_out_settings(&path, &read.left_out));
-        }
+}
+
+/// Names the settings of a file that is not sent at all, as it says nothing but for this laptop.
+fn note_unsent_settings(file: &Path, notes: &mut Vec<Note>) {
+    let read = fs::read_to_string(file)
+        .ok()
+        .and_then(|text| portable(&text).ok());
+    if let Some(read) = read.filter(|read| !read.left_out.is_empty()) {
+        notes.push(left_out_settings(
+            &file.display().to_string(),
+            &read.left_out,
+        ));
     }
-    Ok((rewritten, broken))
 }
 
 fn left_out_settings(path: &str, keys: &[String]) -> Note {
@@ -417,20 +426,19 @@ impl<'c> Allowed<'c> {
 }
 
 /// Where files have no executable bit, those that had it in the last tree keep it.
-fn executables_of_base(cache: &Cache) -> Option<BTreeSet<TreePath>> {
+fn executables_of_base(cache: &Cache) -> BTreeSet<TreePath> {
     #[cfg(unix)]
     {
         let _ = cache;
-        None
+        BTreeSet::new()
     }
     #[cfg(not(unix))]
     {
-        let base = cache.newest_tree()?;
-        let executables = base
-            .iter()
+        let base = cache.newest_tree().unwrap_or_default();
+        base.iter()
             .filter(|(_, entry)| entry.kind == Kind::Executable)
-            .map(|(path, _)| path.clone());
-        Some(executables.collect())
+            .map(|(path, _)| path.clone())
+            .collect()
     }
 }
 
@@ -456,6 +464,14 @@ fn list(manifest: &Manifest, found: &[Found], kept_out: Vec<Listed>) -> Vec<List
 
 fn read_file(file: &Path, path: &TreePath) -> Result<Vec<u8>, ScanError> {
     fs::read(file).map_err(|source| gone_or(source, file, path))
+}
+
+fn link_targets(found: &[Found]) -> Result<HashMap<TreePath, String>, ScanError> {
+    found
+        .iter()
+        .filter(|file| file.kind == Kind::Symlink)
+        .map(|file| Ok((file.path.clone(), link_target(&file.file, &file.path)?)))
+        .collect()
 }
 
 /// A link's target as text, with `/` between components.

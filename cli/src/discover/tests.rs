@@ -340,8 +340,18 @@ fn another_target_directory_in_the_environment_makes_it_ask_again() {
     surroundings
         .variables
         .insert("CARGO_TARGET_DIR".to_owned(), elsewhere.clone().into());
+    let build = fixture.path("build");
+    surroundings
+        .variables
+        .insert("CARGO_BUILD_BUILD_DIR".to_owned(), build.clone().into());
     let checkout = try_discover(&fixture, "app", &surroundings).unwrap();
     assert_eq!(checkout.sources.never[0], elsewhere);
+    // Cargo has had build directories apart from the target's since 1.91.
+    assert!(
+        checkout.sources.never[1..]
+            .iter()
+            .all(|path| *path == build)
+    );
 }
 
 #[test]
