@@ -7,6 +7,7 @@
     clippy::print_stdout,
     clippy::exit,
     clippy::disallowed_methods,
+    clippy::zombie_processes,
     reason = "it exists for tests alone, and ends badly on purpose"
 )]
 
@@ -62,6 +63,7 @@ async fn main() {
             until_exists(file).await;
             serve(listen(everywhere).await).await;
         }
+        ["http2"] => serve_http2(listen(everywhere).await).await,
         ["alone", port] => {
             let _only_one =
                 std::net::TcpListener::bind(("127.0.0.1", port.parse().unwrap())).unwrap();
@@ -114,6 +116,19 @@ async fn serve(listener: TcpListener) {
         tokio::spawn(async move {
             let _ = auto::Builder::new(TokioExecutor::new())
                 .serve_connection_with_upgrades(TokioIo::new(stream), service_fn(answer))
+                .await;
+        });
+    }
+}
+
+/// As gRPC servers do.
+async fn serve_http2(listener: TcpListener) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        tokio::spawn(async move {
+            let _ = auto::Builder::new(TokioExecutor::new())
+                .http2_only()
+                .serve_connection(TokioIo::new(stream), service_fn(answer))
                 .await;
         });
     }

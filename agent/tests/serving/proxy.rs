@@ -11,7 +11,8 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, task::JoinSet};
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::{Client, PATIENCE, Stand};
 
@@ -40,7 +41,7 @@ async fn before_the_first_push_a_page_says_so() {
 
 #[tokio::test]
 async fn a_held_request_is_told_why_when_its_time_is_over() {
-    let mut stand = Stand::with(|proxy| proxy.with_hold_limit(Duration::from_millis(300))).await;
+    let mut stand = Stand::with(|proxy| proxy.with_limits(Duration::from_millis(300), 9)).await;
     let flag = stand.file("flag");
     let flag = flag.to_str().unwrap();
     // Starts once, and never again.
@@ -64,6 +65,27 @@ async fn a_held_request_is_told_why_when_its_time_is_over() {
 }
 
 #[tokio::test]
+async fn only_so_many_requests_are_held() {
+    let mut stand = Stand::with(|proxy| proxy.with_limits(PATIENCE, 1)).await;
+    stand.push(1, &[]).await.unwrap();
+    let spec = stand.spec(2, &[]);
+    let never = CancellationToken::new();
+    stand.service.hand_over(&spec, &never).await.unwrap();
+    let address = stand.address;
+    let mut asked = JoinSet::new();
+    for _ in 0..3 {
+        asked.spawn(async move { Client::connect(address).await.get("/").await });
+    }
+    for _ in 0..2 {
+        let (status, why) = asked.join_next().await.unwrap().unwrap();
+        assert_eq!(status, 503);
+        assert!(why.contains("1 requests are waiting already"), "{why}");
+    }
+    stand.service.take_back();
+    assert_eq!(asked.join_next().await.unwrap().unwrap().0, 200);
+}
+
+#[tokio::test]
 async fn only_the_raw_control_prefix_leads_to_the_control_routes() {
     let stand = serving().await;
     let to_control = [
@@ -82,7 +104,7 @@ async fn only_the_raw_control_prefix_leads_to_the_control_routes() {
         "/_rrun%2fstatus",
         "/_RRUN/status",
         "/_rrun;/status",
-        "/?/_rrun/",
+        "/x?/_rrun/",
         "http://_rrun/status",
         "http://a//_rrun/status",
     ];

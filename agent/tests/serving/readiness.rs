@@ -142,8 +142,10 @@ async fn the_ready_path_has_to_answer_below_500() {
     let (reason, ..) = refused(&mut stand, spec.clone()).await;
     assert_eq!(reason, "/broken answered 500 for 0.5 s");
     spec.run.ready_path = Some("/".into());
-    stand.replace(spec).await.unwrap();
+    stand.replace(spec.clone()).await.unwrap();
     assert_eq!(stand.get("/").await.1, "2");
+    spec.run.args = vec!["http2".into()];
+    stand.replace(spec).await.unwrap();
 }
 
 #[tokio::test]

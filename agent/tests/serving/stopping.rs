@@ -44,6 +44,7 @@ async fn an_app_that_is_killed_from_outside_is_started_again() {
     let process = stand.service.status().process.unwrap();
     let pid = Pid::from_raw(process.try_into().unwrap()).unwrap();
     kill_process(pid, Signal::KILL).unwrap();
+    assert_eq!(stand.get("/").await.1, "1");
     eventually(|| {
         stand
             .service

@@ -12,6 +12,7 @@ use futures_util::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use rrun_agent::service::ReplaceError;
+use rrun_protocol::SwapMode;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -133,7 +134,7 @@ async fn a_cancelled_version_is_killed_and_the_old_one_serves() {
         let cancel = CancellationToken::new();
         let mut spec = stand.spec(2, &["never"]);
         if restart {
-            spec.run.swap = rrun_protocol::SwapMode::Restart;
+            spec.run.swap = SwapMode::Restart;
         }
         let output = stand.output.clone();
         let outcome = {
@@ -147,6 +148,32 @@ async fn a_cancelled_version_is_killed_and_the_old_one_serves() {
         };
         assert!(matches!(outcome, Err(ReplaceError::Cancelled)));
         assert_eq!(stand.get("/").await.1, "1");
+    }
+}
+
+#[tokio::test]
+async fn a_replacement_that_is_dropped_kills_the_new_version_and_leaves_the_old_one() {
+    for swap in [SwapMode::Hot, SwapMode::Restart] {
+        let mut stand = Stand::new().await;
+        stand.push(1, &[]).await.unwrap();
+        let mut spec = stand.spec(2, &["family"]);
+        spec.run.ready_path = Some("/broken".into());
+        spec.run.swap = swap;
+        let output = stand.output.clone();
+        let started = output.follow().filter_map(|line| {
+            let process = line
+                .text
+                .strip_prefix("stubborn ")
+                .map(|number| number.parse::<u32>().unwrap());
+            std::future::ready(process)
+        });
+        let never = CancellationToken::new();
+        let left_behind = tokio::select! {
+            outcome = stand.service.replace(spec, &never) => panic!("{outcome:?}"),
+            left_behind = started.take(2).collect::<Vec<_>>() => left_behind,
+        };
+        assert_eq!(stand.get("/").await.1, "1");
+        eventually(|| left_behind.iter().all(|process| !is_alive(*process))).await;
     }
 }
 
