@@ -18,8 +18,12 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::Empty;
-use hyper::{Request, client::conn::http1, header::HOST};
-use hyper_util::rt::TokioIo;
+use hyper::{
+    Request,
+    client::conn::{http1, http2},
+    header::HOST,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rrun_protocol::{RunPlan, Stream};
 use rustix::process::Signal;
 use tokio::{net::TcpStream, task::JoinSet};
@@ -238,16 +242,17 @@ impl App {
         }
     }
 
-    /// SIGTERM, `grace`, SIGKILL; returns when nothing of it is left.
-    pub(crate) async fn stop(mut self, grace: Duration) {
+    /// SIGTERM, until `grace` is over, SIGKILL; returns when nothing of it is left.
+    pub(crate) async fn stop(mut self, grace: impl Future<Output = ()>) {
+        let generation = self.spec.generation;
         let mut known = self.descendants().await;
         platform::signal_group(self.process(), Signal::TERM);
-        if running_timeout(grace, self.ended(&known)).await.is_err() {
-            tracing::info!(
-                "generation {} did not end within {} s of SIGTERM",
-                self.spec.generation,
-                grace.as_secs_f32()
-            );
+        tokio::select! {
+            biased;
+            () = self.ended(&known) => {}
+            () = grace => {
+                tracing::info!("generation {generation} did not end after SIGTERM, it is killed");
+            }
         }
         for late in self.descendants().await {
             if !known.contains(&late) {
@@ -363,11 +368,32 @@ async fn listening(port: u16, group: u32, progress: &mut Progress) -> Result<Soc
     unreachable!("the looks do not end by themselves")
 }
 
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Status of a GET.
-async fn ask(
-    address: SocketAddr,
-    path: &str,
-) -> Result<u16, Box<dyn std::error::Error + Send + Sync>> {
+async fn ask(address: SocketAddr, path: &str) -> Result<u16, BoxError> {
+    match ask_http1(address, path).await {
+        Ok(status) => Ok(status),
+        // It may speak HTTP/2 alone, as gRPC servers do.
+        Err(error) => ask_http2(address, path).await.map_err(|_| error),
+    }
+}
+
+async fn ask_http2(address: SocketAddr, path: &str) -> Result<u16, BoxError> {
+    let stream = TcpStream::connect(address).await?;
+    let executor = TokioExecutor::new();
+    let (mut sender, connection) = http2::handshake(executor, TokioIo::new(stream)).await?;
+    let request = Request::get(format!("http://{address}{path}")).body(Empty::<Bytes>::new())?;
+    tokio::select! {
+        response = sender.send_request(request) => Ok(response?.status().as_u16()),
+        ended = connection => {
+            ended?;
+            Err("the connection was closed".into())
+        }
+    }
+}
+
+async fn ask_http1(address: SocketAddr, path: &str) -> Result<u16, BoxError> {
     let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let request = Request::get(path)

@@ -288,8 +288,7 @@ impl Keeping {
             () = serve_again(&mut self.wishes) => return Some(running),
         }
         running.upstream.cut();
-        let grace = self.hurry.borrow().unwrap_or(GRACE).min(GRACE);
-        running.app.stop(grace).await;
+        running.app.stop(grace(self.hurry.clone())).await;
         self.died = None;
         self.tell(Phase::Restarting, None);
         None
@@ -326,6 +325,20 @@ impl Keeping {
                 leftover.streams
             );
         }
+    }
+}
+
+/// Ends when SIGKILL is due: after the usual time, or sooner when everything has to end.
+async fn grace(mut hurry: watch::Receiver<Option<Duration>>) {
+    let hurried = async {
+        match hurry.wait_for(Option::is_some).await.map(|share| *share) {
+            Ok(Some(share)) => running_sleep(share).await,
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = running_sleep(GRACE) => {}
+        () = hurried => {}
     }
 }
 

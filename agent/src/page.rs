@@ -4,8 +4,16 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
     Response, StatusCode,
-    header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER},
 };
+
+/// The same for a request that was not understood for certain: nothing more is read from its connection.
+pub(crate) fn refusal(status: StatusCode, why: &str, html: bool) -> Response<Full<Bytes>> {
+    let mut response = response(status, why, html);
+    let close = HeaderValue::from_static("close");
+    response.headers_mut().insert(CONNECTION, close);
+    response
+}
 
 /// A response that says `why`, as HTML for browsers and as plain text for everything else.
 pub(crate) fn response(status: StatusCode, why: &str, html: bool) -> Response<Full<Bytes>> {

@@ -60,6 +60,7 @@ pub struct Proxy {
     route: watch::Receiver<Route>,
     held: AtomicUsize,
     hold_limit: Duration,
+    max_held: usize,
 }
 
 impl Proxy {
@@ -69,19 +70,24 @@ impl Proxy {
             route,
             held: AtomicUsize::new(0),
             hold_limit: HOLD_LIMIT,
+            max_held: MAX_HELD,
         }
     }
 
-    /// The same with another time that requests are held.
-    pub fn with_hold_limit(self, hold_limit: Duration) -> Self {
-        Self { hold_limit, ..self }
+    /// The same with other limits for holding requests.
+    pub fn with_limits(self, hold_limit: Duration, max_held: usize) -> Self {
+        Self {
+            hold_limit,
+            max_held,
+            ..self
+        }
     }
 
     /// Answers a request: by the app, or by a page that says why not.
     pub async fn forward(&self, mut request: Request<Incoming>) -> Response<ProxyBody> {
         let client = Client::of(&request);
         if let Err((status, why)) = headers::check(&request) {
-            return client.page(status, why);
+            return page::refusal(status, why, client.html).map(ProxyBody::Page);
         }
         let upgrade = headers::wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
         let response = match self.send(request, upgrade.is_some()).await {
@@ -114,9 +120,10 @@ impl Proxy {
         match &*self.route.borrow() {
             Route::To(upstream) => return Ok(upstream.enter()),
             Route::Nothing { why } => return Err(Failure::unavailable(why)),
-            Route::Held { why } if self.held.load(Ordering::Relaxed) >= MAX_HELD => {
+            Route::Held { why } if self.held.load(Ordering::Relaxed) >= self.max_held => {
                 return Err(Failure::unavailable(&format!(
-                    "{why}, and {MAX_HELD} requests are waiting already"
+                    "{why}, and {} requests are waiting already",
+                    self.max_held
                 )));
             }
             Route::Held { .. } => {}

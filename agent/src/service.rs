@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 pub use crate::app::{AppSpec, ReplaceError, Warning};
 use crate::{
     app::{ReadyApp, start_ready},
-    clock::running_timeout,
-    keeper::{Keeper, Kept, Phase, Wish},
+    clock::{running_sleep, running_timeout},
+    keeper::{GRACE, Keeper, Kept, Phase, Wish},
     output::Output,
     proxy::Route,
     upstream::Upstream,
@@ -199,7 +199,7 @@ impl Service {
         self.reap();
         let spec = Arc::new(spec.clone());
         let ready = unless(cancel, start_ready(&spec, &self.output)).await?;
-        ready.app.stop(crate::keeper::GRACE).await;
+        ready.app.stop(running_sleep(GRACE)).await;
         let since = Instant::now();
         let pause = self.current.as_ref().map(Keeper::pause);
         let finished = async {

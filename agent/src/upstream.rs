@@ -144,14 +144,12 @@ impl Upstream {
 
     /// Whether the app answers HTTP/2 without TLS; asked once.
     pub(crate) async fn speaks_http2(&self) -> bool {
-        *self
-            .speaks_http2
-            .get_or_init(|| async {
-                running_timeout(PROBE_LIMIT, probe_http2(self.address))
-                    .await
-                    .is_ok_and(|answer| answer.unwrap_or(false))
-            })
-            .await
+        let asked = self.speaks_http2.get_or_try_init(|| async {
+            let stream = connect(self.address).await?;
+            let answer = running_timeout(PROBE_LIMIT, probe_http2(stream)).await;
+            Ok::<_, io::Error>(matches!(answer, Ok(Ok(true))))
+        });
+        matches!(asked.await, Ok(true))
     }
 
     async fn send_http1(
@@ -267,9 +265,8 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// Starts an HTTP/2 connection by hand: the first thing that who speaks it sends is a SETTINGS frame.
-async fn probe_http2(address: SocketAddr) -> io::Result<bool> {
+async fn probe_http2(mut stream: TcpStream) -> io::Result<bool> {
     const SETTINGS: u8 = 4;
-    let mut stream = connect(address).await?;
     stream.write_all(HTTP2_PREFACE).await?;
     let mut head = [0; 9];
     stream.read_exact(&mut head).await?;
