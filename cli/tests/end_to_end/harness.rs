@@ -3,8 +3,6 @@
 //! Everything lies in one temporary folder and ends with the test. Projects use nothing but std, so that they compile in
 //! half a second.
 
-#![allow(dead_code, reason = "each test file uses a part of the harness")]
-
 use std::{
     collections::BTreeMap,
     fs,
@@ -20,10 +18,10 @@ use rrun_protocol::{
 use serde_json::Value;
 
 /// How long anything in a test may take before it counts as hanging; far beyond what a slow machine needs.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// An app that answers every request with `ANSWER`, over connections that stay open.
-pub const MAIN: &str = r#"use std::io::{BufRead, BufReader, Write};
+pub(crate) const MAIN: &str = r#"use std::io::{BufRead, BufReader, Write};
 
 const ANSWER: &str = "one";
 
@@ -41,7 +39,8 @@ fn serve(mut stream: std::net::TcpStream) -> Option<()> {
     loop {
         while !lines.next()?.ok()?.is_empty() {}
         let answer = answer();
-        write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{answer}", answer.len()).ok()?;
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{answer}", answer.len());
+        stream.write_all(answer.as_bytes()).ok()?;
     }
 }
 
@@ -51,20 +50,20 @@ fn answer() -> String {
 "#;
 
 /// One person's laptop: their settings, cache and key.
-pub struct Laptop {
+pub(crate) struct Laptop {
     folder: tempfile::TempDir,
     /// Environment of every command on top of the test's own.
     pub environment: BTreeMap<String, String>,
 }
 
 /// A cargo project on a laptop.
-pub struct Project {
+pub(crate) struct Project {
     pub folder: PathBuf,
     _owner: Option<tempfile::TempDir>,
 }
 
 /// A running agent; ends with its app when dropped.
-pub struct Agent {
+pub(crate) struct Agent {
     child: Child,
     folder: tempfile::TempDir,
     keys: String,
@@ -73,7 +72,7 @@ pub struct Agent {
 
 /// What a command of `rrun` did.
 #[derive(Debug)]
-pub struct Ran {
+pub(crate) struct Ran {
     pub code: i32,
     pub stdout: String,
     pub stderr: String,
@@ -81,49 +80,68 @@ pub struct Ran {
 
 /// An HTTP answer.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: u16,
     pub body: String,
 }
 
 impl Laptop {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut environment = BTreeMap::new();
-        for (name, place) in [("XDG_CONFIG_HOME", "config"), ("XDG_CACHE_HOME", "cache"), ("XDG_STATE_HOME", "state")] {
-            environment.insert(name.to_owned(), folder.path().join(place).to_str().unwrap().to_owned());
+        for (name, place) in [
+            ("XDG_CONFIG_HOME", "config"),
+            ("XDG_CACHE_HOME", "cache"),
+            ("XDG_STATE_HOME", "state"),
+        ] {
+            environment.insert(
+                name.to_owned(),
+                folder.path().join(place).to_str().unwrap().to_owned(),
+            );
         }
-        Self { folder, environment }
+        Self {
+            folder,
+            environment,
+        }
     }
 
-    pub fn key_file(&self) -> PathBuf {
+    pub(crate) fn key_file(&self) -> PathBuf {
         self.folder.path().join("config/rrun/key.pem")
     }
 
-    pub fn private_key(&self) -> PrivateKey {
+    pub(crate) fn private_key(&self) -> PrivateKey {
         self.public_key();
         PrivateKey::from_pem(&fs::read_to_string(self.key_file()).unwrap()).unwrap()
     }
 
     /// The line that `rrun key` prints.
-    pub fn public_key(&self) -> String {
+    pub(crate) fn public_key(&self) -> String {
         let ran = self.run(Path::new("."), &["key"]);
         assert_eq!(ran.code, 0, "{ran:?}");
         ran.stdout.trim().to_owned()
     }
 
-    pub fn command(&self, folder: &Path, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, folder: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_rrun"));
-        command.args(arguments).current_dir(folder).stdin(Stdio::null());
-        for name in std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("RRUN_")) {
+        command
+            .args(arguments)
+            .current_dir(folder)
+            .stdin(Stdio::null());
+        for name in std::env::vars()
+            .map(|(name, _)| name)
+            .filter(|name| name.starts_with("RRUN_"))
+        {
             command.env_remove(name);
         }
-        command.envs(&self.environment).env_remove("NO_COLOR").env_remove("CARGO_TARGET_DIR");
+        command
+            .envs(&self.environment)
+            .env_remove("NO_COLOR")
+            .env_remove("CARGO_TARGET_DIR");
         command
     }
 
     /// Runs `rrun` with `arguments` in `folder` to its end.
-    pub fn run(&self, folder: &Path, arguments: &[&str]) -> Ran {
+    pub(crate) fn run(&self, folder: &Path, arguments: &[&str]) -> Ran {
         let output = self.command(folder, arguments).output().unwrap();
         Ran {
             code: output.status.code().unwrap_or(-1),
@@ -133,159 +151,234 @@ impl Laptop {
     }
 
     /// Pushes `project` to `agent` with `--json` and more arguments.
-    pub fn push(&self, project: &Project, agent: &Agent, more: &[&str]) -> Ran {
+    pub(crate) fn push(&self, project: &Project, agent: &Agent, more: &[&str]) -> Ran {
         let url = agent.url();
         let arguments = [&["push", "--json", "--url", &url], more].concat();
         self.run(&project.folder, &arguments)
     }
 
     /// Pushes and expects that it serves.
-    pub fn push_live(&self, project: &Project, agent: &Agent) -> Ran {
+    pub(crate) fn push_live(&self, project: &Project, agent: &Agent) -> Ran {
         let ran = self.push(project, agent, &[]);
-        assert_eq!((ran.code, ran.outcome().as_str()), (0, "live"), "{}\n{}", ran.stdout, ran.stderr);
+        assert_eq!(
+            (ran.code, ran.outcome().as_str()),
+            (0, "live"),
+            "{}\n{}",
+            ran.stdout,
+            ran.stderr
+        );
         ran
     }
 }
 
 impl Ran {
     /// The events that `--json` printed.
-    pub fn events(&self) -> Vec<Value> {
-        self.stdout.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect()
+    pub(crate) fn events(&self) -> Vec<Value> {
+        self.stdout
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}")))
+            .collect()
     }
 
     /// The terminal event.
-    pub fn end(&self) -> Value {
-        self.events().pop().unwrap_or_else(|| panic!("no event; {}", self.stderr))
+    pub(crate) fn end(&self) -> Value {
+        self.events()
+            .pop()
+            .unwrap_or_else(|| panic!("no event; {}", self.stderr))
     }
 
-    pub fn outcome(&self) -> String {
-        self.end()["outcome"].as_str().unwrap_or_else(|| panic!("{self:?}")).to_owned()
+    pub(crate) fn outcome(&self) -> String {
+        self.end()["outcome"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{self:?}"))
+            .to_owned()
     }
 
-    pub fn number(&self, field: &str) -> u64 {
-        self.end()[field].as_u64().unwrap_or_else(|| panic!("no {field}: {}", self.end()))
+    pub(crate) fn number(&self, field: &str) -> u64 {
+        self.end()[field]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no {field}: {}", self.end()))
     }
 
     /// The last event of a kind.
-    pub fn event(&self, kind: &str) -> Option<Value> {
-        self.events().into_iter().rfind(|event| event["event"] == kind)
+    pub(crate) fn event(&self, kind: &str) -> Option<Value> {
+        self.events()
+            .into_iter()
+            .rfind(|event| event["event"] == kind)
     }
 
     /// The build's log as one text.
-    pub fn log(&self) -> String {
-        let logs = self.events().into_iter().filter(|event| event["event"] == "log");
-        logs.map(|event| event["text"].as_str().unwrap().to_owned() + "\n").collect()
+    pub(crate) fn log(&self) -> String {
+        let logs = self
+            .events()
+            .into_iter()
+            .filter(|event| event["event"] == "log");
+        logs.map(|event| event["text"].as_str().unwrap().to_owned() + "\n")
+            .collect()
     }
 }
 
 impl Project {
     /// A package `app` that answers with `one`.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let project = Self::empty();
-        project.write("Cargo.toml", "[package]\nname = \"app\"\nversion = \"0.1.0\"\nedition = \"2024\"\n");
-        project.write("Cargo.lock", "version = 4\n\n[[package]]\nname = \"app\"\nversion = \"0.1.0\"\n");
+        project.write(
+            "Cargo.toml",
+            "[package]\nname = \"app\"\nversion = \"0.1.0\"\nedition = \"2024\"\n",
+        );
+        project.write(
+            "Cargo.lock",
+            "# This file is automatically @generated by Cargo.\n# It is not intended for manual editing.\nversion = 4\n\n[[package]]\nname = \"app\"\nversion = \"0.1.0\"\n",
+        );
         project.write("src/main.rs", MAIN);
         project
     }
 
-    pub fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         let owner = tempfile::tempdir().unwrap();
         let folder = owner.path().canonicalize().unwrap().join("project");
         fs::create_dir(&folder).unwrap();
-        Self { folder, _owner: Some(owner) }
+        Self {
+            folder,
+            _owner: Some(owner),
+        }
     }
 
-    pub fn path(&self, path: &str) -> PathBuf {
+    pub(crate) fn path(&self, path: &str) -> PathBuf {
         self.folder.join(path)
     }
 
-    pub fn write(&self, path: &str, content: &str) {
+    pub(crate) fn write(&self, path: &str, content: &str) {
         let path = self.path(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, content).unwrap();
     }
 
-    pub fn read(&self, path: &str) -> String {
+    pub(crate) fn read(&self, path: &str) -> String {
         fs::read_to_string(self.path(path)).unwrap()
     }
 
-    pub fn replace(&self, path: &str, from: &str, to: &str) {
+    pub(crate) fn replace(&self, path: &str, from: &str, to: &str) {
         let content = self.read(path);
         assert!(content.contains(from), "{path} does not hold {from}");
         self.write(path, &content.replace(from, to));
     }
 
     /// Lets the app answer with `answer`.
-    pub fn answer(&self, answer: &str) {
-        self.write("src/main.rs", &MAIN.replace("\"one\"", &format!("{answer:?}")));
+    pub(crate) fn answer(&self, answer: &str) {
+        self.write(
+            "src/main.rs",
+            &MAIN.replace("\"one\"", &format!("{answer:?}")),
+        );
     }
 }
 
 impl Agent {
     /// An agent that takes pushes from `laptops`.
-    pub fn new(laptops: &[&Laptop]) -> Self {
-        let keys = laptops.iter().map(|laptop| laptop.public_key()).collect::<Vec<_>>().join("\n");
+    pub(crate) fn new(laptops: &[&Laptop]) -> Self {
+        let keys = laptops
+            .iter()
+            .map(|laptop| laptop.public_key())
+            .collect::<Vec<_>>()
+            .join("\n");
         let folder = tempfile::tempdir().unwrap();
         let (child, port) = start(&folder, &keys, 0);
-        Self { child, folder, keys, port }
+        Self {
+            child,
+            folder,
+            keys,
+            port,
+        }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    pub fn workspace(&self) -> PathBuf {
+    pub(crate) fn workspace(&self) -> PathBuf {
         self.folder.path().canonicalize().unwrap().join("workspace")
     }
 
     /// A file of the agent's tree.
-    pub fn tree(&self, path: &str) -> PathBuf {
+    pub(crate) fn tree(&self, path: &str) -> PathBuf {
         self.workspace().join("tree").join(path)
     }
 
-    pub fn process(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Ends the agent, changes its workspace, and starts it again on the same port.
-    pub fn restart(&mut self, between: impl FnOnce(&Path)) {
+    pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
         between(&self.workspace());
         (self.child, self.port) = start(&self.folder, &self.keys, self.port);
     }
 
     /// Sends SIGTERM and waits for the end.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         let process = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
-        wait_for("the agent to end", || self.child.try_wait().unwrap().is_some());
+        wait_for("the agent to end", || {
+            self.child.try_wait().unwrap().is_some()
+        });
     }
 
     /// What the agent and its app printed.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
     /// A plain request to the app.
-    pub fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> Answer {
         request("GET", &format!("{}{path}", self.url()), None, &[], b"")
     }
 
     /// A request signed by `laptop`, as `curl` with `rrun sign` makes it.
-    pub fn signed(&self, laptop: &Laptop, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        let encoding = headers.iter().find(|(name, _)| *name == "content-encoding").map_or("", |(_, value)| value);
-        let header = sign(&laptop.private_key(), self.boot(), method, path, encoding, body, 0);
-        request(method, &format!("{}{path}", self.url()), Some(&header), headers, body)
+    pub(crate) fn signed(
+        &self,
+        laptop: &Laptop,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        let encoding = headers
+            .iter()
+            .find(|(name, _)| *name == "content-encoding")
+            .map_or("", |(_, value)| value);
+        let header = sign(
+            &laptop.private_key(),
+            self.boot(),
+            method,
+            path,
+            encoding,
+            body,
+            0,
+        );
+        request(
+            method,
+            &format!("{}{path}", self.url()),
+            Some(&header),
+            headers,
+            body,
+        )
     }
 
     /// The boot id, which the agent tells whoever it refuses.
-    pub fn boot(&self) -> BootId {
-        let refused = request("GET", &format!("{}/_rrun/status", self.url()), None, &[], b"");
+    pub(crate) fn boot(&self) -> BootId {
+        let refused = request(
+            "GET",
+            &format!("{}/_rrun/status", self.url()),
+            None,
+            &[],
+            b"",
+        );
         assert_eq!(refused.status, 401);
-        serde_json::from_str::<Value>(&refused.body).unwrap()["boot"].as_str().unwrap().parse().unwrap()
+        serde_json::from_str::<Value>(&refused.body).unwrap()["boot"]
+            .as_str()
+            .unwrap()
+            .parse()
+            .unwrap()
     }
 
-    pub fn status(&self, laptop: &Laptop) -> Value {
+    pub(crate) fn status(&self, laptop: &Laptop) -> Value {
         serde_json::from_str(&self.signed(laptop, "GET", "/_rrun/status", &[], b"").body).unwrap()
     }
 }
@@ -302,9 +395,21 @@ impl Drop for Agent {
 fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
-    let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join("log")).unwrap();
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(folder.path().join("log"))
+        .unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_rrun"))
-        .args(["agent", "serve", "--bind", "127.0.0.1", "--port", &port.to_string(), "--workspace"])
+        .args([
+            "agent",
+            "serve",
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+            "--workspace",
+        ])
         .arg(folder.path().join("workspace"))
         .arg("--announce")
         .arg(&announcement)
@@ -316,15 +421,23 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
         .spawn()
         .unwrap();
     wait_for("the agent to listen", || {
-        assert!(child.try_wait().unwrap().is_none(), "the agent ended: {}", fs::read_to_string(folder.path().join("log")).unwrap());
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "the agent ended: {}",
+            fs::read_to_string(folder.path().join("log")).unwrap()
+        );
         announcement.exists()
     });
-    let announced: Value = serde_json::from_str(&fs::read_to_string(announcement).unwrap()).unwrap();
-    (child, u16::try_from(announced["port"].as_u64().unwrap()).unwrap())
+    let announced: Value =
+        serde_json::from_str(&fs::read_to_string(announcement).unwrap()).unwrap();
+    (
+        child,
+        u16::try_from(announced["port"].as_u64().unwrap()).unwrap(),
+    )
 }
 
 /// Looks every few milliseconds until `is_so`.
-pub fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
     let started = Instant::now();
     while !is_so() {
         assert!(started.elapsed() < PATIENCE, "waited in vain for {what}");
@@ -333,7 +446,7 @@ pub fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// The signature header for a request, made by a clock that is `skew` seconds ahead.
-pub fn sign(
+pub(crate) fn sign(
     key: &PrivateKey,
     boot: BootId,
     method: &str,
@@ -342,16 +455,37 @@ pub fn sign(
     body: &[u8],
     skew: i64,
 ) -> String {
-    let request = SignedRequest { method, path_and_query, content_encoding, body: Digest::of(body) };
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let request = SignedRequest {
+        method,
+        path_and_query,
+        content_encoding,
+        body: Digest::of(body),
+    };
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     let mut nonce = [0; 12];
     getrandom::fill(&mut nonce).unwrap();
     let nonce = Nonce::from_random(nonce);
-    Authorization::sign(key, &request, now.checked_add_signed(skew).unwrap(), nonce, boot).to_string()
+    Authorization::sign(
+        key,
+        &request,
+        now.checked_add_signed(skew).unwrap(),
+        nonce,
+        boot,
+    )
+    .to_string()
 }
 
 /// Any request; errors of the connection have status 0.
-pub fn request(method: &str, url: &str, signature: Option<&str>, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+pub(crate) fn request(
+    method: &str,
+    url: &str,
+    signature: Option<&str>,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> Answer {
     let mut request = ureq::http::Request::builder().method(method).uri(url);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -366,15 +500,19 @@ pub fn request(method: &str, url: &str, signature: Option<&str>, headers: &[(&st
         .build()
         .into();
     match agent.run(request.body(body.to_vec()).unwrap()) {
-        Ok(mut answer) => {
-            Answer { status: answer.status().as_u16(), body: answer.body_mut().read_to_string().unwrap_or_default() }
-        }
-        Err(error) => Answer { status: 0, body: error.to_string() },
+        Ok(mut answer) => Answer {
+            status: answer.status().as_u16(),
+            body: answer.body_mut().read_to_string().unwrap_or_default(),
+        },
+        Err(error) => Answer {
+            status: 0,
+            body: error.to_string(),
+        },
     }
 }
 
 /// A port that something else listens on.
-pub fn taken_port() -> (TcpListener, u16) {
+pub(crate) fn taken_port() -> (TcpListener, u16) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     (listener, port)

@@ -1,15 +1,13 @@
 //! From an edit to a served request, with the real client, the real agent and real cargo.
 
-mod harness;
-
 use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
     time::{Duration, SystemTime},
 };
 
+use crate::harness::{Agent, Laptop, MAIN, Project, wait_for};
 use filetime::{FileTime, set_file_mtime};
-use harness::{Agent, Laptop, MAIN, Project, wait_for};
 
 fn setting() -> (Laptop, Project, Agent) {
     let laptop = Laptop::new();
@@ -28,11 +26,20 @@ fn an_edit_is_served_and_the_end_says_how() {
     let second = laptop.push_live(&project, &agent);
     assert_eq!(agent.get("/").body, "two");
     let end = second.end();
-    assert_eq!((second.number("generation"), second.number("files"), second.number("round_trips")), (2, 1, 1));
+    assert_eq!(
+        (
+            second.number("generation"),
+            second.number("files"),
+            second.number("round_trips")
+        ),
+        (2, 1, 1)
+    );
     for field in ["push", "tree", "bytes_up", "bytes_down"] {
         assert!(!end[field].is_null(), "{field}: {end}");
     }
-    for stage in ["scan", "pack", "send", "apply", "build", "ready", "swap", "total"] {
+    for stage in [
+        "scan", "pack", "send", "apply", "build", "ready", "swap", "total",
+    ] {
         assert!(end["timings_ms"][stage].is_u64(), "{stage}: {end}");
     }
     assert_eq!(agent.status(&laptop)["serving_tree"], end["tree"]);
@@ -45,7 +52,9 @@ fn a_one_line_edit_in_a_large_file_goes_up_in_less_than_a_kilobyte_and_one_round
     let mut state = 1u64;
     let mut filler = String::new();
     while filler.len() < 30_000 {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         filler += &format!("// {state:016x}\n");
     }
     project.write("src/main.rs", &format!("{MAIN}{filler}"));
@@ -65,7 +74,8 @@ fn no_file_time_makes_a_stale_binary() {
     laptop.push_live(&project, &agent);
     let now = SystemTime::now();
     let day = Duration::from_secs(24 * 3600);
-    let first = FileTime::from_last_modification_time(&fs::metadata(project.path("src/main.rs")).unwrap());
+    let first =
+        FileTime::from_last_modification_time(&fs::metadata(project.path("src/main.rs")).unwrap());
     for (answer, time) in [
         ("past", FileTime::from_system_time(now - day)),
         ("future", FileTime::from_system_time(now + day)),
@@ -99,29 +109,48 @@ fn an_edit_and_its_undo_between_two_pushes_change_nothing() {
 fn the_guard_catches_what_cargo_calls_fresh_and_is_not() {
     let (laptop, project, agent) = setting();
     laptop.push_live(&project, &agent);
-    let future = FileTime::from_system_time(SystemTime::now() + Duration::from_secs(1000 * 24 * 3600));
+    let future =
+        FileTime::from_system_time(SystemTime::now() + Duration::from_secs(1000 * 24 * 3600));
     let mut folders = vec![agent.workspace().join("target/debug/.fingerprint")];
     while let Some(folder) = folders.pop() {
         for item in fs::read_dir(folder).unwrap() {
             let path = item.unwrap().path();
-            if path.is_dir() { folders.push(path) } else { set_file_mtime(&path, future).unwrap() }
+            if path.is_dir() {
+                folders.push(path)
+            } else {
+                set_file_mtime(&path, future).unwrap()
+            }
         }
     }
     project.answer("two");
     let pushed = laptop.push_live(&project, &agent);
     assert_eq!(agent.get("/").body, "two");
     let warning = pushed.event("warning").expect("the guard says what it did");
-    assert!(warning["text"].as_str().unwrap().contains("src/main.rs"), "{warning}");
+    assert!(
+        warning["text"].as_str().unwrap().contains("src/main.rs"),
+        "{warning}"
+    );
 }
 
 /// A workspace of a library and a binary that uses it.
 fn workspace() -> Project {
     let project = Project::empty();
-    project.write("Cargo.toml", "[workspace]\nmembers = [\"app\", \"words\"]\nresolver = \"3\"\n");
-    let package = |name: &str| format!("[package]\nname = \"{name}\"\nversion = \"0.1.0\"\nedition = \"2024\"\n");
-    project.write("app/Cargo.toml", &(package("app") + "[dependencies]\nwords = { path = \"../words\" }\n"));
+    project.write(
+        "Cargo.toml",
+        "[workspace]\nmembers = [\"app\", \"words\"]\nresolver = \"3\"\n",
+    );
+    let package = |name: &str| {
+        format!("[package]\nname = \"{name}\"\nversion = \"0.1.0\"\nedition = \"2024\"\n")
+    };
+    project.write(
+        "app/Cargo.toml",
+        &(package("app") + "[dependencies]\nwords = { path = \"../words\" }\n"),
+    );
     project.write("words/Cargo.toml", &package("words"));
-    project.write("app/src/main.rs", &MAIN.replace("ANSWER.to_owned()", "format!(\"{ANSWER} {}\", words::WORD)"));
+    project.write(
+        "app/src/main.rs",
+        &MAIN.replace("ANSWER.to_owned()", "format!(\"{ANSWER} {}\", words::WORD)"),
+    );
     project.write("words/src/lib.rs", "pub const WORD: &str = \"word\";\n");
     project.write("README.md", "not compiled\n");
     project
@@ -135,11 +164,19 @@ fn unchanged_packages_are_not_built_again() {
     assert_eq!(agent.get("/").body, "one word");
     project.replace("app/src/main.rs", "\"one\"", "\"two\"");
     let built = laptop.push_live(&project, &agent).event("built").unwrap();
-    assert_eq!((built["compiled"].as_u64(), built["fresh"].as_u64()), (Some(1), Some(1)), "{built}");
+    assert_eq!(
+        (built["compiled"].as_u64(), built["fresh"].as_u64()),
+        (Some(1), Some(1)),
+        "{built}"
+    );
     assert_eq!(agent.get("/").body, "two word");
     project.replace("words/src/lib.rs", "\"word\"", "\"letter\"");
     let built = laptop.push_live(&project, &agent).event("built").unwrap();
-    assert_eq!((built["compiled"].as_u64(), built["fresh"].as_u64()), (Some(2), Some(0)), "{built}");
+    assert_eq!(
+        (built["compiled"].as_u64(), built["fresh"].as_u64()),
+        (Some(2), Some(0)),
+        "{built}"
+    );
     assert_eq!(agent.get("/").body, "two letter");
     // A changed file that nothing is compiled from leaves everything fresh, rightly.
     project.write("words/README.md", "changed\n");
@@ -185,7 +222,10 @@ fn what_does_not_compile_is_shown_as_at_home_and_the_old_version_serves() {
     laptop.push_live(&project, &agent);
     project.replace("src/main.rs", "ANSWER.to_owned()", "ANSWER.to_owned() + 1");
     let failed = laptop.push(&project, &agent, &[]);
-    assert_eq!((failed.code, failed.outcome().as_str()), (101, "build_failed"));
+    assert_eq!(
+        (failed.code, failed.outcome().as_str()),
+        (101, "build_failed")
+    );
     assert_eq!(agent.get("/").body, "one");
     let at_home = std::process::Command::new("cargo")
         .args(["build", "--color", "always"])
@@ -194,13 +234,23 @@ fn what_does_not_compile_is_shown_as_at_home_and_the_old_version_serves() {
         .output()
         .unwrap();
     let at_home = String::from_utf8(at_home.stderr).unwrap();
-    let error = at_home.find("\u{1b}[1m\u{1b}[91merror").unwrap_or_else(|| panic!("{at_home}"));
+    let error = at_home
+        .find("\u{1b}[1m\u{1b}[91merror")
+        .unwrap_or_else(|| panic!("{at_home}"));
     let error = at_home[error..].split("\n\n").next().unwrap();
-    assert!(error.contains("E0308") && failed.log().contains(error), "{}\n---\n{error}", failed.log());
+    assert!(
+        error.contains("E0308") && failed.log().contains(error),
+        "{}\n---\n{error}",
+        failed.log()
+    );
     // What is pending is built by any later push.
     project.write("README.md", "unrelated\n");
     assert_eq!(laptop.push(&project, &agent, &[]).code, 101);
-    project.replace("src/main.rs", "ANSWER.to_owned() + 1", "ANSWER.to_owned() + \"!\"");
+    project.replace(
+        "src/main.rs",
+        "ANSWER.to_owned() + 1",
+        "ANSWER.to_owned() + \"!\"",
+    );
     let applied = laptop.push(&project, &agent, &["--no-build"]);
     assert_eq!((applied.code, applied.outcome().as_str()), (0, "applied"));
     assert_eq!(agent.get("/").body, "one");
@@ -219,11 +269,23 @@ fn a_version_that_does_not_get_ready_leaves_the_old_one_serving_and_is_tried_aga
     );
     laptop.push_live(&project, &agent);
     let bad = |body: &str| MAIN.replace("let port =", &format!("{body}\n    let port ="));
-    let elsewhere = harness::taken_port().1;
+    let elsewhere = crate::harness::taken_port().1;
     for (source, reason, printed) in [
-        (bad("println!(\"no configuration\"); std::process::exit(3);"), "exited with code 3".to_owned(), "no configuration"),
-        (bad("panic!(\"what a pity\");"), "exited with code 101".to_owned(), "what a pity"),
-        (bad("println!(\"thinking\"); loop { std::thread::park(); }"), "did not listen on $PORT".to_owned(), "thinking"),
+        (
+            bad("println!(\"no configuration\"); std::process::exit(3);"),
+            "exited with code 3".to_owned(),
+            "no configuration",
+        ),
+        (
+            bad("panic!(\"what a pity\");"),
+            "exited with code 101".to_owned(),
+            "what a pity",
+        ),
+        (
+            bad("println!(\"thinking\"); loop { std::thread::park(); }"),
+            "did not listen on $PORT".to_owned(),
+            "thinking",
+        ),
         (
             MAIN.replace("0.0.0.0:{port}", &format!("0.0.0.0:{elsewhere}")),
             format!("listens on {elsewhere}, not on $PORT"),
@@ -233,11 +295,20 @@ fn a_version_that_does_not_get_ready_leaves_the_old_one_serving_and_is_tried_aga
         project.write("src/main.rs", &source);
         for _ in 0..2 {
             let pushed = laptop.push(&project, &agent, &[]);
-            assert_eq!((pushed.code, pushed.outcome().as_str()), (4, "not_ready"), "{}", pushed.stdout);
+            assert_eq!(
+                (pushed.code, pushed.outcome().as_str()),
+                (4, "not_ready"),
+                "{}",
+                pushed.stdout
+            );
             let end = pushed.end();
             assert!(end["reason"].as_str().unwrap().contains(&reason), "{end}");
-            assert!(pushed.events().iter().any(|event| event["event"] == "app"
-                && event["text"].as_str().unwrap().contains(printed)), "{}", pushed.stdout);
+            assert!(
+                pushed.events().iter().any(|event| event["event"] == "app"
+                    && event["text"].as_str().unwrap().contains(printed)),
+                "{}",
+                pushed.stdout
+            );
             assert_eq!(agent.get("/").body, "one");
         }
     }
@@ -247,7 +318,10 @@ fn a_version_that_does_not_get_ready_leaves_the_old_one_serving_and_is_tried_aga
 fn the_agent_s_tree_follows_whatever_the_laptop_s_does() {
     let (laptop, project, agent) = setting();
     project.write("src/foo.rs", "pub fn foo() {}\n");
-    project.write("src/main.rs", &format!("mod foo;\n{MAIN}").replace("let port =", "foo::foo();\n    let port ="));
+    project.write(
+        "src/main.rs",
+        &format!("mod foo;\n{MAIN}").replace("let port =", "foo::foo();\n    let port ="),
+    );
     project.write("old/name.txt", "content\n");
     project.write("run.sh", "#!/bin/sh\n");
     laptop.push_live(&project, &agent);
@@ -266,9 +340,16 @@ fn the_agent_s_tree_follows_whatever_the_laptop_s_does() {
     assert!(!agent.tree("old").exists());
     assert_eq!(fs::read_to_string(agent.tree("link")).unwrap(), "content\n");
     assert!(agent.tree("link").is_symlink());
-    assert_ne!(fs::metadata(agent.tree("run.sh")).unwrap().mode() & 0o111, 0);
+    assert_ne!(
+        fs::metadata(agent.tree("run.sh")).unwrap().mode() & 0o111,
+        0
+    );
     let after = fs::metadata(agent.tree("Cargo.toml")).unwrap();
-    assert_eq!((before.ino(), before.mtime_nsec()), (after.ino(), after.mtime_nsec()), "unchanged files are left alone");
+    assert_eq!(
+        (before.ino(), before.mtime_nsec()),
+        (after.ino(), after.mtime_nsec()),
+        "unchanged files are left alone"
+    );
 }
 
 #[test]
@@ -280,7 +361,11 @@ fn an_agent_that_lost_its_state_gets_what_is_missing_and_the_laptop_says_so() {
     let pushed = laptop.push_live(&project, &agent);
     assert_eq!(agent.get("/").body, "two");
     assert_eq!(pushed.number("files"), 3);
-    assert!(pushed.stderr.contains("another tree"), "{}", pushed.stderr);
+    let note = pushed.event("note").expect("it says why it sent more");
+    assert!(
+        note["text"].as_str().unwrap().contains("another tree"),
+        "{note}"
+    );
 }
 
 #[test]
@@ -295,14 +380,23 @@ fn an_agent_that_starts_again_serves_what_it_served_without_a_build() {
 #[test]
 fn a_file_that_the_build_changes_is_put_back_and_named() {
     let (laptop, project, agent) = setting();
-    project.write("build.rs", "fn main() { std::fs::write(\"src/made.rs\", \"pub const MADE: u8 = 1;\\n\").unwrap(); }\n");
+    project.write(
+        "build.rs",
+        "fn main() { std::fs::write(\"src/made.rs\", \"pub const MADE: u8 = 1;\\n\").unwrap(); }\n",
+    );
     project.write("src/made.rs", "pub const MADE: u8 = 0;\n");
     laptop.push_live(&project, &agent);
     project.answer("two");
     let pushed = laptop.push_live(&project, &agent);
     let warning = pushed.event("warning").unwrap();
-    assert!(warning["text"].as_str().unwrap().contains("src/made.rs"), "{warning}");
-    assert!(warning["hint"].as_str().unwrap().contains("OUT_DIR"), "{warning}");
+    assert!(
+        warning["text"].as_str().unwrap().contains("src/made.rs"),
+        "{warning}"
+    );
+    assert!(
+        warning["hint"].as_str().unwrap().contains("OUT_DIR"),
+        "{warning}"
+    );
     assert_eq!(agent.get("/").body, "two");
 }
 
@@ -318,9 +412,18 @@ fn assets_belong_to_their_generation() {
     assert_eq!(agent.get("/").body, "old page");
     project.write("templates/page.txt", "new page");
     let pushed = laptop.push_live(&project, &agent);
-    assert_eq!(pushed.event("built").unwrap()["compiled"].as_u64(), Some(0), "only a swap");
+    assert_eq!(
+        pushed.event("built").unwrap()["compiled"].as_u64(),
+        Some(0),
+        "only a swap"
+    );
     assert_eq!(agent.get("/").body, "new page");
     let url = agent.url();
-    assert_eq!(laptop.run(&project.folder, &["rollback", "--url", &url]).code, 0);
+    assert_eq!(
+        laptop
+            .run(&project.folder, &["rollback", "--url", &url])
+            .code,
+        0
+    );
     assert_eq!(agent.get("/").body, "old page");
 }

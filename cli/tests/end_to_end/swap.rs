@@ -1,7 +1,5 @@
 //! Twenty real pushes under load: no request fails, and after `live` nobody is answered by an older version.
 
-mod harness;
-
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::TcpStream,
@@ -12,7 +10,7 @@ use std::{
     thread,
 };
 
-use harness::{Agent, Laptop, Project};
+use crate::harness::{Agent, Laptop, Project};
 
 const SWAPS: u64 = 20;
 const REQUESTS: u64 = 20_000;
@@ -48,8 +46,13 @@ impl Tally {
 }
 
 fn exchange(stream: &mut TcpStream, keep_alive: bool) -> Option<u64> {
-    let connection = if keep_alive { "" } else { "connection: close\r\n" };
-    write!(stream, "GET / HTTP/1.1\r\nhost: x\r\n{connection}\r\n").ok()?;
+    let connection = if keep_alive {
+        ""
+    } else {
+        "connection: close\r\n"
+    };
+    let request = format!("GET / HTTP/1.1\r\nhost: x\r\n{connection}\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
     let mut reader = BufReader::new(stream);
     let mut status = String::new();
     reader.read_line(&mut status).ok()?;
@@ -67,7 +70,11 @@ fn exchange(stream: &mut TcpStream, keep_alive: bool) -> Option<u64> {
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     let body = String::from_utf8(body).ok()?;
-    if status.starts_with("HTTP/1.1 200") { body.parse().ok() } else { None }
+    if status.starts_with("HTTP/1.1 200") {
+        body.parse().ok()
+    } else {
+        None
+    }
 }
 
 fn load(tally: &Arc<Tally>, port: u16, keep_alive: bool) -> thread::JoinHandle<()> {
@@ -92,15 +99,21 @@ fn twenty_swaps_under_load_lose_nothing_and_serve_nothing_old() {
     project.answer("0");
     laptop.push_live(&project, &agent);
     let tally = Arc::new(Tally::default());
-    let workers: Vec<_> = (0..4).map(|worker| load(&tally, agent.port, worker % 2 == 0)).collect();
+    let workers: Vec<_> = (0..4)
+        .map(|worker| load(&tally, agent.port, worker % 2 == 0))
+        .collect();
     for version in 1..=SWAPS {
         project.answer(&version.to_string());
         laptop.push_live(&project, &agent);
         tally.live.store(version, Ordering::SeqCst);
     }
-    harness::wait_for("enough requests", || tally.requests.load(Ordering::Relaxed) >= REQUESTS);
+    crate::harness::wait_for("enough requests", || {
+        tally.requests.load(Ordering::Relaxed) >= REQUESTS
+    });
     tally.done.store(true, Ordering::Relaxed);
-    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    workers
+        .into_iter()
+        .for_each(|worker| worker.join().unwrap());
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     println!("{} requests over {SWAPS} swaps", count(&tally.requests));
     assert_eq!((count(&tally.failed), count(&tally.stale)), (0, 0));

@@ -1,8 +1,6 @@
 //! The control routes as curl sees them: who is let in, what they answer.
 
-mod harness;
-
-use harness::{Agent, Laptop, Project, request, sign};
+use crate::harness::{Agent, Laptop, Project, request, sign};
 use rrun_protocol::{BootId, PrivateKey};
 use std::{fs, process::Command};
 
@@ -36,20 +34,62 @@ fn nothing_answers_who_did_not_sign_now_for_this_boot_and_once() {
         let cases = [
             ("unsigned", None),
             ("junk", Some("1 a b c".to_owned())),
-            ("by a stranger", Some(sign(&stranger, boot, method, path, "", b"", 0))),
-            ("for another path", Some(sign(&key, boot, method, &other_path, "", b"", 0))),
-            ("for another method", Some(sign(&key, boot, "PATCH", path, "", b"", 0))),
+            (
+                "by a stranger",
+                Some(sign(&stranger, boot, method, path, "", b"", 0)),
+            ),
+            (
+                "for another path",
+                Some(sign(&key, boot, method, &other_path, "", b"", 0)),
+            ),
+            (
+                "for another method",
+                Some(sign(&key, boot, "PATCH", path, "", b"", 0)),
+            ),
             ("stale", Some(sign(&key, boot, method, path, "", b"", -400))),
-            ("from the future", Some(sign(&key, boot, method, path, "", b"", 400))),
-            ("for another boot", Some(sign(&key, BootId::from_random([9; 9]), method, path, "", b"", 0))),
+            (
+                "from the future",
+                Some(sign(&key, boot, method, path, "", b"", 400)),
+            ),
+            (
+                "for another boot",
+                Some(sign(
+                    &key,
+                    BootId::from_random([9; 9]),
+                    method,
+                    path,
+                    "",
+                    b"",
+                    0,
+                )),
+            ),
         ];
         for (what, signature) in cases {
-            let answer = request(method, &format!("{}{path}", agent.url()), signature.as_deref(), &[], b"");
-            assert_eq!(answer.status, 401, "{method} {path} {what}: {}", answer.body);
+            let answer = request(
+                method,
+                &format!("{}{path}", agent.url()),
+                signature.as_deref(),
+                &[],
+                b"",
+            );
+            assert_eq!(
+                answer.status, 401,
+                "{method} {path} {what}: {}",
+                answer.body
+            );
         }
         // Signed by the owner it gets through, and only once. What ends the app comes late in the list.
         let signature = sign(&key, boot, method, path, "", b"", 0);
-        let send = || request(method, &format!("{}{path}", agent.url()), Some(&signature), &[], b"").status;
+        let send = || {
+            request(
+                method,
+                &format!("{}{path}", agent.url()),
+                Some(&signature),
+                &[],
+                b"",
+            )
+            .status
+        };
         assert_ne!(send(), 401, "{method} {path}");
         assert_eq!(send(), 401, "{method} {path} again");
     }
@@ -60,8 +100,22 @@ fn a_body_other_than_the_signed_one_is_refused() {
     let laptop = Laptop::new();
     let agent = Agent::new(&[&laptop]);
     let path = "/_rrun/pushes/MTIzNDU2Nzg5";
-    let signature = sign(&laptop.private_key(), agent.boot(), "POST", path, "", b"signed", 0);
-    let answer = request("POST", &format!("{}{path}", agent.url()), Some(&signature), &[], b"other");
+    let signature = sign(
+        &laptop.private_key(),
+        agent.boot(),
+        "POST",
+        path,
+        "",
+        b"signed",
+        0,
+    );
+    let answer = request(
+        "POST",
+        &format!("{}{path}", agent.url()),
+        Some(&signature),
+        &[],
+        b"other",
+    );
     assert_eq!(answer.status, 401, "{}", answer.body);
 }
 
@@ -74,36 +128,83 @@ fn git_archive_and_curl_push_a_whole_tree_and_follow_the_build() {
     for arguments in [
         &["init", "-q"][..],
         &["add", "-A"],
-        &["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"],
+        &[
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            "commit",
+            "-qm",
+            "x",
+        ],
         &["archive", "--format=tar.gz", "-o", "tree.tar.gz", "HEAD"],
     ] {
-        assert!(Command::new("git").args(arguments).current_dir(&project.folder).status().unwrap().success());
+        assert!(
+            Command::new("git")
+                .args(arguments)
+                .current_dir(&project.folder)
+                .status()
+                .unwrap()
+                .success()
+        );
     }
     let sign = |arguments: &[&str]| {
-        let ran = laptop.run(&project.folder, &[&["sign", "--url", &url], arguments].concat());
+        let ran = laptop.run(
+            &project.folder,
+            &[&["sign", "--url", &url], arguments].concat(),
+        );
         assert_eq!(ran.code, 0, "{ran:?}");
         ran.stdout.trim().to_owned()
     };
     let curl = |arguments: &[&str]| {
-        let output = Command::new("curl").args(["-sS"]).args(arguments).current_dir(&project.folder).output().unwrap();
+        let output = Command::new("curl")
+            .args(["-sS"])
+            .args(arguments)
+            .current_dir(&project.folder)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };
     let path = "/_rrun/pushes/MTIzNDU2Nzg5";
     let header = sign(&["POST", path, "--body", "tree.tar.gz"]);
-    let events = curl(&["-H", &header, "--data-binary", "@tree.tar.gz", &format!("{url}{path}")]);
+    let events = curl(&[
+        "-H",
+        &header,
+        "--data-binary",
+        "@tree.tar.gz",
+        &format!("{url}{path}"),
+    ]);
     let end: serde_json::Value = serde_json::from_str(events.lines().last().unwrap()).unwrap();
     assert_eq!(end["outcome"], "live", "{events}");
     assert_eq!(agent.get("/").body, "one");
 
     let path = "/_rrun/builds/latest/log";
     let plain = curl(&["-H", &sign(&["GET", path]), &format!("{url}{path}")]);
-    assert!(plain.contains("Compiling") && plain.contains("Finished"), "{plain}");
-    let sse = curl(&["-H", &sign(&["GET", path]), "-H", "accept: text/event-stream", &format!("{url}{path}")]);
+    assert!(
+        plain.contains("Compiling") && plain.contains("Finished"),
+        "{plain}"
+    );
+    let sse = curl(&[
+        "-H",
+        &sign(&["GET", path]),
+        "-H",
+        "accept: text/event-stream",
+        &format!("{url}{path}"),
+    ]);
     assert!(sse.contains("id: 1\n") && sse.contains("data: "), "{sse}");
-    let ndjson = curl(&["-H", &sign(&["GET", path]), "-H", "accept: application/x-ndjson", &format!("{url}{path}")]);
+    let ndjson = curl(&[
+        "-H",
+        &sign(&["GET", path]),
+        "-H",
+        "accept: application/x-ndjson",
+        &format!("{url}{path}"),
+    ]);
     let first: serde_json::Value = serde_json::from_str(ndjson.lines().next().unwrap()).unwrap();
-    assert_eq!((first["seq"].as_u64(), first["event"].as_str()), (Some(1), Some("log")));
+    assert_eq!(
+        (first["seq"].as_u64(), first["event"].as_str()),
+        (Some(1), Some("log"))
+    );
     assert_eq!(plain.lines().count(), ndjson.lines().count());
     let path = "/_rrun/builds/latest/log?from=1";
     let rest = curl(&["-H", &sign(&["GET", path]), &format!("{url}{path}")]);
@@ -117,7 +218,15 @@ fn an_archive_that_leads_outside_is_refused_by_name_and_changes_nothing() {
     let project = Project::new();
     laptop.push_live(&project, &agent);
     let before = agent.status(&laptop);
-    for (index, name) in ["../outside", "/tmp/outside", "src/../../outside", ".git/hooks/post-checkout"].iter().enumerate() {
+    for (index, name) in [
+        "../outside",
+        "/tmp/outside",
+        "src/../../outside",
+        ".git/hooks/post-checkout",
+    ]
+    .iter()
+    .enumerate()
+    {
         let mut builder = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
         header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
@@ -133,7 +242,10 @@ fn an_archive_that_leads_outside_is_refused_by_name_and_changes_nothing() {
         assert!(answer.body.contains(name), "{}", answer.body);
     }
     let after = agent.status(&laptop);
-    assert_eq!((&before["tree"], &before["generation"]), (&after["tree"], &after["generation"]));
+    assert_eq!(
+        (&before["tree"], &before["generation"]),
+        (&after["tree"], &after["generation"])
+    );
     assert_eq!(fs::read_dir(agent.workspace()).unwrap().count(), 4);
 }
 
@@ -151,10 +263,23 @@ fn the_same_push_id_again_is_told_the_same_and_applies_nothing_twice() {
     assert_eq!(history().len(), 1);
     let again = agent.signed(&laptop, "POST", &format!("/_rrun/pushes/{id}"), &[], b"");
     let end: serde_json::Value = serde_json::from_str(again.body.lines().last().unwrap()).unwrap();
-    assert_eq!((end["event"].as_str(), end["outcome"].as_str()), (Some("finished"), Some("live")));
+    assert_eq!(
+        (end["event"].as_str(), end["outcome"].as_str()),
+        (Some("finished"), Some("live"))
+    );
     assert_eq!(history().len(), 1);
-    let from = format!("/_rrun/pushes/{id}/events?from={}", end["seq"].as_u64().unwrap() - 1);
-    assert_eq!(agent.signed(&laptop, "GET", &from, &[], b"").body.lines().count(), 1);
+    let from = format!(
+        "/_rrun/pushes/{id}/events?from={}",
+        end["seq"].as_u64().unwrap() - 1
+    );
+    assert_eq!(
+        agent
+            .signed(&laptop, "GET", &from, &[], b"")
+            .body
+            .lines()
+            .count(),
+        1
+    );
 }
 
 #[test]
@@ -165,14 +290,25 @@ fn the_app_s_output_can_be_read() {
     laptop.push_live(&project, &agent);
     let url = agent.url();
     let logs = laptop.run(&project.folder, &["logs", "--url", &url]);
-    assert!(logs.code == 0 && logs.stdout.contains("listening on"), "{logs:?}");
+    assert!(
+        logs.code == 0 && logs.stdout.contains("listening on"),
+        "{logs:?}"
+    );
 }
 
 #[test]
 fn an_agent_without_a_key_does_not_start() {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_rrun"))
-        .args(["agent", "serve", "--bind", "127.0.0.1", "--port", "0", "--workspace"])
+        .args([
+            "agent",
+            "serve",
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--workspace",
+        ])
         .arg(folder.path())
         .env_remove("RRUN_AUTHORIZED_KEYS")
         .output()

@@ -1,0 +1,15 @@
+//! The promises end to end: the real client, the real agent, real cargo, real processes and sockets.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    missing_docs,
+    reason = "tests stop at the first surprise, and start programs as a person would"
+)]
+
+mod control;
+mod harness;
+mod laptop;
+mod push;
+mod swap;
