@@ -14,8 +14,11 @@ use std::{
 use rrun_protocol::Digest;
 use serde::{Deserialize, Serialize};
 
-/// A file that changed less than this before it was read may change again without a new time; two seconds is the coarsest clock (FAT).
-const SETTLED: Duration = Duration::from_secs(2);
+/// A file that changed less than this before it was read may change again without a new time: kernels stamp by a clock that ticks
+/// every 1 to 10 ms.
+const SETTLED: Duration = Duration::from_millis(20);
+/// The same where the file system keeps whole seconds; two is the coarsest (FAT).
+const SETTLED_COARSE: Duration = Duration::from_secs(2);
 
 /// What was seen at a path.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -79,7 +82,11 @@ impl Inputs {
             let Ok(modified) = fs::metadata(path).and_then(|metadata| metadata.modified()) else {
                 return true;
             };
-            modified + SETTLED < started
+            let is_coarse = modified
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .is_ok_and(|since| since.subsec_nanos() == 0);
+            let settled = if is_coarse { SETTLED_COARSE } else { SETTLED };
+            modified + settled < started
         });
         all_old.then_some(Account(seen))
     }
