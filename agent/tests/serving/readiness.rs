@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rrun_agent::service::{AppSpec, ReplaceError};
 
-use crate::harness::Stand;
+use crate::harness::{PATIENCE, Stand};
 
 /// The reason, the hint and the output of a version that must not get ready; the old one has to serve on.
 async fn refused(stand: &mut Stand, spec: AppSpec) -> (String, Option<String>, Vec<String>) {
@@ -112,6 +112,7 @@ async fn a_foreign_listener_on_the_private_port_is_not_taken_for_the_app() {
         std::fs::write(&go, "").unwrap();
         (ports, thieves)
     };
+    let ports = async { tokio::time::timeout(PATIENCE, ports).await.expect("hangs") };
     let (replaced, (ports, _thieves)) = tokio::join!(stand.replace(spec), ports);
     replaced.unwrap();
     assert_ne!(ports[0], ports[1]);
