@@ -33,6 +33,7 @@ const MANIFEST: &str = "manifest";
 const JOURNAL: &str = "journal";
 const TOUCHED: &str = "touched";
 const LAST_BUILD: &str = "last-build";
+const INTERRUPTED: &str = "interrupted";
 
 /// How much later than the last build's end a changed file's time is at least. Kernels stamp files with a clock that ticks
 /// every 1 to 10 ms, so two moments within a tick look equal to cargo.
@@ -260,10 +261,22 @@ impl Tree {
         self.layout.store(TOUCHED, &self.touched)
     }
 
-    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made.
-    pub(crate) fn build_ended(&mut self) -> anyhow::Result<()> {
+    /// Notes that a build begins, and says whether the one before was interrupted: what that left may be broken.
+    pub(crate) fn build_begins(&mut self) -> anyhow::Result<bool> {
+        let interrupted = self.layout.load(INTERRUPTED).unwrap_or(false);
+        self.layout.store(INTERRUPTED, &true)?;
+        Ok(interrupted)
+    }
+
+    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made; and whether
+    /// cargo came to its own end, be it a failure.
+    pub(crate) fn build_ended(&mut self, by_itself: bool) -> anyhow::Result<()> {
         self.last_build = now().max(self.last_build);
-        self.layout.store(LAST_BUILD, &self.last_build)
+        self.layout.store(LAST_BUILD, &self.last_build)?;
+        if by_itself {
+            self.layout.store(INTERRUPTED, &false)?;
+        }
+        Ok(())
     }
 
     /// Reads a pristine file of the tree, checked against its digest.
@@ -705,7 +718,7 @@ mod tests {
     fn a_changed_file_written_right_after_a_build_is_newer_and_not_in_the_future() {
         let bench = Bench::new();
         let mut tree = bench.open();
-        tree.build_ended().unwrap();
+        tree.build_ended(true).unwrap();
         bench.apply(&mut tree, &[file("changed", "1")]);
         let changed = modified(&bench.path("changed"));
         assert!(changed.duration_since(UNIX_EPOCH).unwrap() >= tree.last_build + TICK);

@@ -11,5 +11,6 @@
 mod control;
 mod harness;
 mod laptop;
+mod order;
 mod push;
 mod swap;
