@@ -366,6 +366,11 @@ impl Agent {
         self.workspace().join("tree").join(path)
     }
 
+    /// Its process id.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends the agent, changes its workspace, and starts it again on the same port.
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
