@@ -7,10 +7,16 @@ use std::{
     collections::{HashMap, HashSet},
     net::{SocketAddr, TcpListener},
     sync::OnceLock,
+    time::Duration,
 };
 
 use listeners::{Protocol, SocketState};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+
+/// How often what is left is killed: about two seconds, in which the kernel is done with anything it can end.
+const KILL_ROUNDS: u32 = 500;
+/// Pause between these rounds.
+const KILL_PAUSE: Duration = Duration::from_millis(4);
 
 /// Listening TCP sockets, as seen from one process group.
 #[derive(Debug, Default)]
@@ -135,10 +141,11 @@ struct Process {
 pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
     let processes = processes();
     let own = std::process::id();
+    let adopters = line_of_parents(&processes);
     let belongs = |number: u32, process: &Process| {
         process.group == group
             || descends(&processes, number, group)
-            || is_orphan(process, own) && names_port(number, port)
+            || adopters.contains(&process.parent) && names_port(number, port)
     };
     processes
         .iter()
@@ -150,10 +157,18 @@ pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
         .collect()
 }
 
-/// Adopted by the agent, or by process 1 where the agent adopts nobody.
+/// The agent and everything above it: orphans below the agent are adopted by one of these.
 #[cfg(target_os = "linux")]
-fn is_orphan(process: &Process, own: u32) -> bool {
-    process.parent == own || process.parent == 1
+fn line_of_parents(processes: &HashMap<u32, Process>) -> HashSet<u32> {
+    let mut line = HashSet::new();
+    let mut at = std::process::id();
+    while line.insert(at) {
+        match processes.get(&at) {
+            Some(process) => at = process.parent,
+            None => break,
+        }
+    }
+    line
 }
 
 #[cfg(target_os = "linux")]
@@ -164,6 +179,20 @@ fn names_port(process: u32, port: u16) -> bool {
             .split(|byte| *byte == 0)
             .any(|variable| variable == wanted.as_bytes())
     })
+}
+
+/// Kills everything that started in `group` until nothing is left, which may have been about to start more.
+pub(crate) fn kill_descendants(group: u32, port: u16) {
+    for _ in 0..KILL_ROUNDS {
+        let left = descendants(group, port);
+        if left.is_empty() {
+            return;
+        }
+        for descendant in left {
+            descendant.kill();
+        }
+        std::thread::sleep(KILL_PAUSE);
+    }
 }
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
