@@ -73,14 +73,14 @@ fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool 
         .is_some_and(|pid| {
             getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
         });
-    in_group || descends(processes, process, group)
+    in_group || descends(processes, process, &HashSet::from([group]))
 }
 
-fn descends(processes: &HashMap<u32, Process>, process: u32, ancestor: u32) -> bool {
+fn descends(processes: &HashMap<u32, Process>, process: u32, roots: &HashSet<u32>) -> bool {
     let mut seen = HashSet::new();
     let mut at = process;
     while seen.insert(at) {
-        if at == ancestor {
+        if roots.contains(&at) {
             return true;
         }
         match processes.get(&at) {
@@ -135,21 +135,25 @@ struct Process {
     dead: bool,
 }
 
-/// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
-/// whose environment names the group's private port.
+/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment names
+/// the group's private port, and all descendants of these.
 #[cfg(target_os = "linux")]
 pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
     let processes = processes();
-    let own = std::process::id();
     let adopters = line_of_parents(&processes);
-    let belongs = |number: u32, process: &Process| {
+    let is_root = |number: u32, process: &Process| {
         process.group == group
-            || descends(&processes, number, group)
+            || number == group
             || adopters.contains(&process.parent) && names_port(number, port)
     };
+    let roots: HashSet<u32> = processes
+        .iter()
+        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
+        .map(|(number, _)| *number)
+        .collect();
     processes
         .iter()
-        .filter(|(number, process)| **number != own && !process.dead && belongs(**number, process))
+        .filter(|(number, process)| !process.dead && descends(&processes, **number, &roots))
         .map(|(number, process)| Descendant {
             process: *number,
             started: process.started,

@@ -31,28 +31,38 @@ fn in_folder(folder: &std::path::Path) -> Vec<u32> {
         .collect()
 }
 
-/// A process that is just being started when its parent is killed is not in any list made before.
+/// The leader is dead, so nothing connects what it left behind with it but the port in its environment.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn nothing_outlives_a_stop_that_was_just_being_started() {
-    for _ in 0..10 {
-        let mut stand = Stand::new().await;
-        stand.push(1, &["family"]).await.unwrap();
-        stubborn(&stand).await;
-        let Stand {
-            service, folder, ..
-        } = stand;
-        service.shutdown(Duration::from_millis(100)).await;
-        eventually(|| in_folder(folder.path()).is_empty()).await;
+async fn what_a_crash_leaves_behind_is_gone_down_to_the_last_descendant() {
+    let mut stand = Stand::new().await;
+    stand.push(1, &["family"]).await.unwrap();
+    stubborn(&stand).await;
+    // Two shells that left the app's reach, and what each of them runs.
+    eventually(|| in_folder(stand.folder.path()).len() == 5).await;
+    stand.get("/crash").await;
+    eventually(|| stand.service.status().state == "restarting").await;
+    let Stand {
+        service, folder, ..
+    } = stand;
+    service.shutdown(Duration::from_secs(5)).await;
+    assert!(in_folder(folder.path()).is_empty());
+}
 
+/// What is started between a look at the processes and their end stands in no list.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_app_that_starts_processes_faster_than_they_are_listed_is_stopped_whole() {
+    for _ in 0..5 {
         let mut stand = Stand::new().await;
-        stand.push(1, &["family"]).await.unwrap();
-        stubborn(&stand).await;
+        stand.push(1, &["breeder"]).await.unwrap();
+        stand.get("/crash").await;
+        eventually(|| stand.service.status().state == "restarting").await;
         let Stand {
             service, folder, ..
         } = stand;
-        drop(service);
-        eventually(|| in_folder(folder.path()).is_empty()).await;
+        service.shutdown(Duration::from_secs(5)).await;
+        assert!(in_folder(folder.path()).is_empty());
     }
 }
 
