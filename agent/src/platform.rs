@@ -7,10 +7,16 @@ use std::{
     collections::{HashMap, HashSet},
     net::{SocketAddr, TcpListener},
     sync::OnceLock,
+    time::Duration,
 };
 
 use listeners::{Protocol, SocketState};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+
+/// How often what is left is killed: about two seconds, in which the kernel is done with anything it can end.
+const KILL_ROUNDS: u32 = 500;
+/// Pause between these rounds.
+const KILL_PAUSE: Duration = Duration::from_millis(4);
 
 /// Listening TCP sockets, as seen from one process group.
 #[derive(Debug, Default)]
@@ -67,14 +73,14 @@ fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool 
         .is_some_and(|pid| {
             getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
         });
-    in_group || descends(processes, process, group)
+    in_group || descends(processes, process, &HashSet::from([group]))
 }
 
-fn descends(processes: &HashMap<u32, Process>, process: u32, ancestor: u32) -> bool {
+fn descends(processes: &HashMap<u32, Process>, process: u32, roots: &HashSet<u32>) -> bool {
     let mut seen = HashSet::new();
     let mut at = process;
     while seen.insert(at) {
-        if at == ancestor {
+        if roots.contains(&at) {
             return true;
         }
         match processes.get(&at) {
@@ -129,20 +135,25 @@ struct Process {
     dead: bool,
 }
 
-/// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
-/// whose environment names the group's private port.
+/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment names
+/// the group's private port, and all descendants of these.
 #[cfg(target_os = "linux")]
 pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
     let processes = processes();
-    let own = std::process::id();
-    let belongs = |number: u32, process: &Process| {
+    let adopters = line_of_parents(&processes);
+    let is_root = |number: u32, process: &Process| {
         process.group == group
-            || descends(&processes, number, group)
-            || is_orphan(process, own) && names_port(number, port)
+            || number == group
+            || adopters.contains(&process.parent) && names_port(number, port)
     };
+    let roots: HashSet<u32> = processes
+        .iter()
+        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
+        .map(|(number, _)| *number)
+        .collect();
     processes
         .iter()
-        .filter(|(number, process)| **number != own && !process.dead && belongs(**number, process))
+        .filter(|(number, process)| !process.dead && descends(&processes, **number, &roots))
         .map(|(number, process)| Descendant {
             process: *number,
             started: process.started,
@@ -150,10 +161,18 @@ pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
         .collect()
 }
 
-/// Adopted by the agent, or by process 1 where the agent adopts nobody.
+/// The agent and everything above it: orphans below the agent are adopted by one of these.
 #[cfg(target_os = "linux")]
-fn is_orphan(process: &Process, own: u32) -> bool {
-    process.parent == own || process.parent == 1
+fn line_of_parents(processes: &HashMap<u32, Process>) -> HashSet<u32> {
+    let mut line = HashSet::new();
+    let mut at = std::process::id();
+    while line.insert(at) {
+        match processes.get(&at) {
+            Some(process) => at = process.parent,
+            None => break,
+        }
+    }
+    line
 }
 
 #[cfg(target_os = "linux")]
@@ -164,6 +183,20 @@ fn names_port(process: u32, port: u16) -> bool {
             .split(|byte| *byte == 0)
             .any(|variable| variable == wanted.as_bytes())
     })
+}
+
+/// Kills everything that started in `group` until nothing is left, which may have been about to start more.
+pub(crate) fn kill_descendants(group: u32, port: u16) {
+    for _ in 0..KILL_ROUNDS {
+        let left = descendants(group, port);
+        if left.is_empty() {
+            return;
+        }
+        for descendant in left {
+            descendant.kill();
+        }
+        std::thread::sleep(KILL_PAUSE);
+    }
 }
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
