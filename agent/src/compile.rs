@@ -10,7 +10,6 @@ use std::{
     io,
     path::{Path, PathBuf},
     pin::pin,
-    process::ExitStatus,
     time::Duration,
 };
 
@@ -51,10 +50,10 @@ pub(crate) struct Built {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompileError {
     /// Cargo says no; its reasons are in the log.
-    #[error("cargo ended with {status}")]
+    #[error("{error}")]
     Failed {
-        /// How it ended.
-        status: ExitStatus,
+        /// Cargo's own first error: a lower-case fragment.
+        error: String,
         /// Ids of the packages that a broken target directory could be to blame for; none if no code was refused.
         packages: BTreeSet<String>,
     },
@@ -150,9 +149,10 @@ impl<L: BuildLog> Build<'_, L> {
         let stderr = child.stderr.take();
         let stderr = stderr.context("cargo has no standard error")?;
         let mut heard = Heard::default();
+        let mut error = None;
         let status = {
             let messages = read_messages(stdout, &mut heard, self.log);
-            let talk = read_talk(stderr, self.log);
+            let talk = read_talk(stderr, &mut error, self.log);
             let mut reading = pin!(async { tokio::try_join!(messages, talk) }.fuse());
             let status = loop {
                 tokio::select! {
@@ -180,7 +180,8 @@ impl<L: BuildLog> Build<'_, L> {
             None => Err(CompileError::Cancelled),
             Some(status) if !status.success() => {
                 let packages = heard.suspects(&self.layout.tree());
-                Err(CompileError::Failed { status, packages })
+                let error = error.unwrap_or_else(|| format!("cargo ended with {status}"));
+                Err(CompileError::Failed { error, packages })
             }
             Some(_) => heard.finished(),
         }
@@ -283,7 +284,11 @@ async fn read_messages(
 }
 
 /// Cargo's standard error: log lines, and between them a progress line that ends with a carriage return.
-async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::Result<()> {
+async fn read_talk(
+    stderr: impl AsyncRead + Unpin,
+    error: &mut Option<String>,
+    log: &impl BuildLog,
+) -> io::Result<()> {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     while let Some(end) = read_until_any(&mut lines, b"\n\r", &mut line).await? {
@@ -293,10 +298,21 @@ async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::R
         match end {
             b'\r' if !text.is_empty() => log.tell(EventKind::Progress { text: cut(text) }),
             b'\r' => {}
-            _ => log.tell(EventKind::Log { text: cut(text) }),
+            _ => {
+                if error.is_none() {
+                    *error = cargo_error(text);
+                }
+                log.tell(EventKind::Log { text: cut(text) });
+            }
         }
     }
     Ok(())
+}
+
+/// What follows `error: ` if that is how a line of cargo's talk begins.
+fn cargo_error(line: &str) -> Option<String> {
+    let plain = anstream::adapter::strip_str(line).to_string();
+    plain.strip_prefix("error: ").map(cut)
 }
 
 /// Reads up to one of `ends` and gives which it was, `None` at the end of the input. What is beyond the limit is dropped.

@@ -29,6 +29,7 @@ use crate::{
     recipe,
     service::{ReplaceError, Replaced, Service},
     shared::{Events, Log, Shared},
+    toolchain::{Mismatch, Toolchain},
     tree::Tree,
 };
 
@@ -138,6 +139,7 @@ impl Deployer {
             shared,
             environment,
             hand_over: None,
+            toolchain: Toolchain::default(),
         };
         (
             Self {
@@ -296,6 +298,7 @@ struct Worker {
     shared: Arc<Shared>,
     environment: Vec<(OsString, OsString)>,
     hand_over: Option<Box<AppSpec>>,
+    toolchain: Toolchain,
 }
 
 /// One exchange under way: where its events go, and what its report will say.
@@ -357,15 +360,25 @@ impl Worker {
     async fn start_last(&mut self, shutdown: &CancellationToken) {
         self.shared
             .set_tree(self.tree.manifest(), self.tree.digest());
-        let Some(generation) = self.generations.serving().cloned() else {
-            return self.show();
-        };
-        tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
-        let spec = self.generations.spec(&generation, &self.environment);
-        if let Err(error) = self.service.replace(spec, shutdown).await {
-            tracing::error!("generation {} does not start: {error}", generation.number);
+        let last = self.generations.serving().cloned();
+        let directory = last
+            .as_ref()
+            .and_then(|last| last.plan.build.directory.clone());
+        if let Some(generation) = last {
+            tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
+            let spec = self.generations.spec(&generation, &self.environment);
+            if let Err(error) = self.service.replace(spec, shutdown).await {
+                tracing::error!("generation {} does not start: {error}", generation.number);
+            }
         }
         self.show();
+        let manifest = self.tree.manifest();
+        let asked = self
+            .toolchain
+            .check(&self.shared, manifest, directory.as_ref());
+        if let Err(Mismatch { reason, .. }) = asked.await {
+            tracing::warn!("{reason}");
+        }
     }
 
     /// Carries one request to its end.
@@ -481,6 +494,18 @@ impl Worker {
             );
             exchange.warn(text, None);
         }
+        let asked = self.toolchain.check(
+            &self.shared,
+            self.tree.manifest(),
+            plan.build.directory.as_ref(),
+        );
+        if let Err(Mismatch { reason, hint }) = asked.await {
+            return Ok(Ending {
+                outcome: Outcome::BuildFailed,
+                reason: Some(reason),
+                hint: Some(hint),
+            });
+        }
         let generation = match self.generations.find(&identity).cloned() {
             Some(kept) => kept,
             None => match self.build(exchange, &plan).await? {
@@ -593,7 +618,13 @@ impl Worker {
         }
         let built = match result {
             Ok(built) => built,
-            Err(CompileError::Failed { .. }) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
+            Err(CompileError::Failed { error, .. }) => {
+                return Ok(Err(Ending {
+                    outcome: Outcome::BuildFailed,
+                    hint: missing_crate_hint(&error),
+                    reason: Some(error),
+                }));
+            }
             Err(CompileError::Cancelled) => return Ok(Err(exchange.stopped())),
             Err(error @ CompileError::Stale(_)) => return Err(error.into()),
             Err(CompileError::Other(error)) => return Err(error),
@@ -821,6 +852,23 @@ fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
             text: line.text.clone(),
         });
     }
+}
+
+/// What to do if cargo could not get a crate, as where the agent has no network.
+fn missing_crate_hint(error: &str) -> Option<String> {
+    let signs = [
+        "no matching package",
+        "failed to get `",
+        "failed to download",
+        "failed to load source",
+        "failed to select a version",
+        "unable to update registry",
+    ];
+    let is_missing = signs
+        .iter()
+        .any(|sign| error.to_ascii_lowercase().contains(sign));
+    let hint = "give the agent a network for crates it does not have, or build its image anew";
+    is_missing.then(|| hint.to_owned())
 }
 
 /// A build's lines go to its own log, and with everything else to the push's events.

@@ -31,6 +31,7 @@ mod recipe;
 mod record;
 mod serve;
 mod shared;
+mod toolchain;
 mod tree;
 mod warm;
 

@@ -31,7 +31,6 @@ use crate::{
     output::Output,
     proxy::Proxy,
     publish::Generations,
-    recipe,
     service::Service,
     shared::Shared,
     tree::Tree,
@@ -105,7 +104,6 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         close.clone().cancelled_owned(),
     ));
     tokio::spawn(stop_at_signal(stop.clone())?);
-    tokio::spawn(find_toolchain(Arc::clone(&shared)));
     tracing::info!("listening on {}", SocketAddr::new(arguments.bind, port));
     if let Some(file) = &arguments.announce {
         announce(file, port, boot)?;
@@ -179,17 +177,6 @@ fn stop_at_signal(stop: CancellationToken) -> std::io::Result<impl Future<Output
         }
         stop.cancel();
     })
-}
-
-/// Asks for the compiler's version beside everything else: under rustup that takes longer than the whole start.
-async fn find_toolchain(shared: Arc<Shared>) {
-    match recipe::toolchain(&shared.layout).output().await {
-        Ok(output) => {
-            let version = String::from_utf8_lossy(&output).trim().to_owned();
-            shared.update(|status| status.toolchain = Some(version));
-        }
-        Err(error) => tracing::warn!("there is no rustc here: {error}"),
-    }
 }
 
 fn announce(file: &Path, port: u16, boot: BootId) -> anyhow::Result<()> {

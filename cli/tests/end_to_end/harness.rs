@@ -173,10 +173,10 @@ impl Laptop {
         {
             command.env_remove(name);
         }
-        command
-            .envs(&self.environment)
-            .env_remove("NO_COLOR")
-            .env_remove("CARGO_TARGET_DIR");
+        for name in ["NO_COLOR", "CARGO_TARGET_DIR"] {
+            command.env_remove(name);
+        }
+        command.envs(&self.environment);
         command
     }
 
@@ -576,6 +576,19 @@ pub(crate) fn request(
             body: error.to_string(),
         },
     }
+}
+
+/// Text that does not compress: what is small about a push of it comes only from what both sides have.
+pub(crate) fn noise(bytes: usize) -> String {
+    let mut state = 1u64;
+    let mut text = String::with_capacity(bytes + 20);
+    while text.len() < bytes {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        text += &format!("// {state:016x}\n");
+    }
+    text
 }
 
 /// A port that something else listens on.

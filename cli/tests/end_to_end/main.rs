@@ -14,5 +14,6 @@ mod harness;
 mod laptop;
 mod order;
 mod push;
+mod sent;
 mod swap;
 mod time;
