@@ -32,6 +32,7 @@ mod record;
 mod serve;
 mod shared;
 mod tree;
+mod uploads;
 mod warm;
 
 use std::{path::PathBuf, process::ExitCode};
