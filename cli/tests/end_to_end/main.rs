@@ -8,8 +8,10 @@
     reason = "tests stop at the first surprise, and start programs as a person would"
 )]
 
+mod connection;
 mod control;
 mod harness;
 mod laptop;
+mod proxy;
 mod push;
 mod swap;
