@@ -601,3 +601,106 @@ fn new_push_id() -> PushId {
     let _ = getrandom::fill(&mut bytes);
     PushId::from_random(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http;
+    use rrun_protocol::{
+        Authorization, BootId, MAX_UPLOADS_BYTES, Nonce, PrivateKey, SIGNATURE_HEADER,
+        SignedRequest, part_path,
+    };
+    use tokio::time::{Duration, Instant};
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::{authorize::seconds_since_1970, layout::Layout, output::Output};
+
+    struct Bench {
+        _folder: tempfile::TempDir,
+        routes: Router,
+        uploads: Arc<Uploads>,
+        _requests: mpsc::Receiver<deploy::Request>,
+    }
+
+    fn boot() -> BootId {
+        BootId::from_random([1; 9])
+    }
+
+    fn bench() -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let layout = Layout::create(folder.path()).unwrap();
+        let output = Output::to(tokio::io::sink(), tokio::io::sink());
+        let shared = Shared::new(layout.clone(), output, boot());
+        let key = PrivateKey::from_seed(&[1; 32]).public_key("ann");
+        let gate = Arc::new(Gate::new(vec![key], boot()));
+        let uploads = Arc::new(Uploads::new(layout, MAX_UPLOADS_BYTES));
+        let (deployer, requests) = mpsc::channel(1);
+        let end = CancellationToken::new();
+        Bench {
+            _folder: folder,
+            routes: routes(gate, shared, deployer, Arc::clone(&uploads), end),
+            uploads,
+            _requests: requests,
+        }
+    }
+
+    /// Sends `body` as part 0 of an upload, signed as `whole`.
+    async fn put(bench: &Bench, upload: &Digest, whole: &[u8], body: Body) -> (StatusCode, String) {
+        let path = part_path(upload, 0);
+        let signed = SignedRequest {
+            method: "PUT",
+            path_and_query: &path,
+            content_encoding: "",
+            body: Digest::of(whole),
+        };
+        let key = PrivateKey::from_seed(&[1; 32]);
+        let mut nonce = [0; 12];
+        getrandom::fill(&mut nonce).unwrap();
+        let (time, nonce) = (seconds_since_1970(), Nonce::from_random(nonce));
+        let header = Authorization::sign(&key, &signed, time, nonce, boot()).to_string();
+        let request = http::Request::put(&path).header(SIGNATURE_HEADER, header);
+        let request = request.body(body).unwrap();
+        let answer = bench.routes.clone().oneshot(request).await.unwrap();
+        let status = answer.status();
+        let body = answer.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    /// A body that sends a byte, then one more after each pause.
+    fn dripping(pause: Duration) -> Body {
+        Body::from_stream(stream::unfold(Duration::ZERO, move |wait| async move {
+            tokio::time::sleep(wait).await;
+            Some((Ok::<_, Infallible>("x"), pause))
+        }))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_stops_or_drips_is_given_up_and_makes_room_for_the_next() {
+        let bench = bench();
+        let upload = Digest::of(b"whole");
+        // The pause ends the first, the limit the second.
+        for (pause, limit) in [
+            (Duration::MAX, BODY_PAUSE_LIMIT),
+            (BODY_PAUSE_LIMIT - Duration::from_secs(2), BODY_LIMIT),
+        ] {
+            let started = Instant::now();
+            let slow = (0..MAX_BODIES).map(|_| put(&bench, &upload, b"", dripping(pause)));
+            let next = async {
+                tokio::time::sleep(limit / 2).await;
+                put(&bench, &upload, b"whole", Body::from("whole")).await
+            };
+            let slow = futures_util::future::join_all(slow);
+            let (slow, (busy, why)) = tokio::join!(slow, next);
+            for (status, why) in slow {
+                assert_eq!(status, StatusCode::REQUEST_TIMEOUT, "{why}");
+            }
+            let took = started.elapsed();
+            assert!(took >= limit && took < limit + BODY_PAUSE_LIMIT, "{took:?}");
+            assert_eq!(busy, StatusCode::SERVICE_UNAVAILABLE, "{why}");
+            assert_eq!(bench.uploads.arrived(&upload), Arrived::default());
+        }
+        let (status, why) = put(&bench, &upload, b"whole", Body::from("whole")).await;
+        assert_eq!(status, StatusCode::NO_CONTENT, "{why}");
+        assert_eq!(bench.uploads.arrived(&upload).parts, [0]);
+    }
+}
