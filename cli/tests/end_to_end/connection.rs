@@ -201,18 +201,19 @@ impl Drop for Gated {
     }
 }
 
-/// Starts a push and reads its events until the first line of the build's log; the build is under way then.
-fn push_until_it_builds(
+/// Starts a push and reads its events until the first of a kind.
+fn push_until(
     laptop: &Laptop,
     project: &Project,
     url: &str,
+    kind: &str,
 ) -> (Child, impl Iterator<Item = Value> + use<>) {
     let arguments = ["push", "--json", "--url", url];
     let mut command = laptop.command(&project.folder, &arguments);
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let mut events = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
-    let found = events.find(|event| event["event"] == "log");
+    let found = events.find(|event| event["event"] == kind);
     assert!(found.is_some(), "the push ended before");
     (child, events)
 }
@@ -223,7 +224,7 @@ fn behind_something_that_holds_streams_back_the_log_shows_while_it_builds() {
         let (laptop, project, agent) = setting();
         let gated = Gated::new(&project);
         let proxy = Proxy::new(agent.port, move |_, _| fault);
-        let (mut child, rest) = push_until_it_builds(&laptop, &project, &proxy.url());
+        let (mut child, rest) = push_until(&laptop, &project, &proxy.url(), "log");
         // The build waits for the gate, so the stream that the push opened has told nothing yet.
         let posted = proxy.seen("POST /_rrun/pushes/").last().unwrap().at;
         let polled = proxy.seen("GET /_rrun/pushes/")[0].clone();
@@ -242,7 +243,7 @@ fn behind_something_that_holds_streams_back_the_log_shows_while_it_builds() {
 fn polling_answers_at_once_with_what_is_there() {
     let (laptop, project, agent) = setting();
     let gated = Gated::new(&project);
-    let (mut child, rest) = push_until_it_builds(&laptop, &project, &agent.url());
+    let (mut child, rest) = push_until(&laptop, &project, &agent.url(), "log");
     let push = agent.status(&laptop)["push"].as_str().unwrap().to_owned();
     let path = format!("/_rrun/pushes/{push}/events?from=1&wait=false");
     let answer = agent.signed(&laptop, "GET", &path, &[], b"");
@@ -268,17 +269,15 @@ fn a_push_is_told_that_it_arrived_before_the_one_under_way_has_given_way() {
             gate.display()
         ),
     );
-    let (mut first, rest) = push_until_it_builds(&laptop, &project, &agent.url());
+    let (mut first, rest) = push_until(&laptop, &project, &agent.url(), "log");
     project.write("build.rs", "fn main() {}");
-    let second = laptop.push_live(&project, &agent);
-    let kinds: Vec<_> = second
-        .events()
-        .iter()
-        .map(|event| event["event"].as_str().unwrap_or_default().to_owned())
-        .collect();
-    assert_eq!(kinds[..2], ["received", "waiting"], "{kinds:?}");
+    let first_push = agent.status(&laptop)["push"].clone();
+    let (mut second, rest_of_second) = push_until(&laptop, &project, &agent.url(), "waiting");
+    assert_eq!(agent.status(&laptop)["push"], first_push);
     assert_eq!(rest.last().unwrap()["outcome"], "superseded");
     assert_eq!(first.wait().unwrap().code(), Some(5));
+    assert_eq!(rest_of_second.last().unwrap()["outcome"], "live");
+    assert!(second.wait().unwrap().success());
 }
 
 #[test]
