@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use rrun_protocol::{
-    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection,
-    SwapMode, Timings, TreeDigest,
+    CheckoutId, EventKind, HistoryEntry, Manifest, Outcome, Plan, Preamble, Project, PushId,
+    Report, Selection, SwapMode, Timings, TreeDigest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -53,7 +53,7 @@ pub(crate) enum Request {
         /// Who signed it.
         by: String,
         /// Gets the push's events, or the tree that lies here if the push starts from another one.
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+        answer: Answer,
     },
     /// Swap to a kept generation, the one before the serving one if none is named.
     Rollback {
@@ -87,6 +87,25 @@ pub(crate) enum Request {
         /// Told when it is gone.
         answer: oneshot::Sender<()>,
     },
+}
+
+/// Where the answer to a push goes. It is given when the push is let in, which may be long before its turn.
+pub(crate) struct Answer(Option<oneshot::Sender<Result<Events, TreeDigest>>>);
+
+impl From<oneshot::Sender<Result<Events, TreeDigest>>> for Answer {
+    fn from(sender: oneshot::Sender<Result<Events, TreeDigest>>) -> Self {
+        Self(Some(sender))
+    }
+}
+
+impl Answer {
+    /// The first answer counts.
+    fn give(&mut self, answer: Result<Events, TreeDigest>) {
+        if let Some(sender) = self.0.take() {
+            // Who asked may have left; the push goes on.
+            let _ = sender.send(answer);
+        }
+    }
 }
 
 /// How the deployer ended.
@@ -168,7 +187,7 @@ impl Deployer {
                     () = shutdown.cancelled() => None,
                 };
                 let Some(arrived) = arrived else { break };
-                waiting = admit(&mut newest, &shared, arrived);
+                waiting = admit(&mut newest, &shared, arrived, false);
             }
             let Some(request) = waiting.take() else {
                 continue;
@@ -180,6 +199,8 @@ impl Deployer {
                 tokio::pin!(work);
                 loop {
                     let arrived = tokio::select! {
+                        // First, so that a push is let in against the tree that the one under way leaves.
+                        biased;
                         () = &mut work => break,
                         () = shutdown.cancelled(), if !stop.token.is_cancelled() => {
                             stop.token.cancel();
@@ -196,7 +217,7 @@ impl Deployer {
                         let _ = answer.send(meant);
                         continue;
                     }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived) else {
+                    let Some(arrived) = admit(&mut newest, &shared, arrived, true) else {
                         continue;
                     };
                     stop.give_way_to(arrived.push_id());
@@ -215,39 +236,85 @@ impl Deployer {
     }
 }
 
-/// Lets a request in, unless it is already known, older than what was seen of its checkout, or answered at once.
+/// Lets a request in, unless it is already known, older than what was seen of its checkout, made against another tree, or
+/// answered at once. Who sent a push gets its first events here, however long the work under way takes to give way.
 fn admit(
     newest: &mut HashMap<CheckoutId, (u64, PushId)>,
     shared: &Shared,
     request: Request,
+    is_busy: bool,
 ) -> Option<Request> {
     match request {
         Request::Cancel { answer, .. } => {
             let _ = answer.send(false);
             None
         }
-        Request::Push { id, answer, .. } if shared.events(id).is_some() => {
-            let _ = answer.send(Ok(shared.events(id)?));
+        Request::Push { id, mut answer, .. } if shared.events(id).is_some() => {
+            answer.give(Ok(shared.events(id)?));
             None
         }
         Request::Push {
-            id, ref received, ..
+            id,
+            received,
+            by,
+            mut answer,
         } => {
-            if let Some(preamble) = &received.preamble {
-                let seen = newest
-                    .entry(preamble.checkout)
-                    .or_insert((preamble.sequence, id));
-                if preamble.sequence < seen.0 {
-                    let newer = seen.1;
-                    request.supersede(shared, Some(newer));
-                    return None;
-                }
-                *seen = (preamble.sequence, id);
+            let newer = received
+                .preamble
+                .as_ref()
+                .and_then(|preamble| newer_scan(newest, preamble, id));
+            let tree = shared.status().tree;
+            if newer.is_none() && !fits_on(&received, tree) {
+                answer.give(Err(tree));
+                return None;
+            }
+            let events = shared.start_push(id);
+            events.append(EventKind::Received {
+                push: id,
+                tree: received.target.tree_digest(),
+                changed: received.changed,
+                deleted: received.deleted,
+            });
+            answer.give(Ok(Arc::clone(&events)));
+            let request = Request::Push {
+                id,
+                received,
+                by,
+                answer,
+            };
+            if newer.is_some() {
+                request.supersede(shared, newer);
+                return None;
+            }
+            if is_busy {
+                let reason = "the one before it is being stopped".to_owned();
+                events.append(EventKind::Waiting { reason });
             }
             Some(request)
         }
         request => Some(request),
     }
+}
+
+/// Notes a scan's number; gives the push of a newer scan of the same checkout, if there was one.
+fn newer_scan(
+    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
+    preamble: &Preamble,
+    id: PushId,
+) -> Option<PushId> {
+    let this = (preamble.sequence, id);
+    let seen = newest.entry(preamble.checkout).or_insert(this);
+    if this.0 < seen.0 {
+        return Some(seen.1);
+    }
+    *seen = this;
+    None
+}
+
+/// Whether a push starts from `tree`, or brings a whole one.
+fn fits_on(received: &Received, tree: TreeDigest) -> bool {
+    let base = received.preamble.as_ref().map(|preamble| preamble.base);
+    base.is_none_or(|base| base == tree || base == Manifest::default().tree_digest())
 }
 
 impl Request {
@@ -263,7 +330,7 @@ impl Request {
 
     /// Ends a request that was never begun, because a newer one is there.
     fn supersede(self, shared: &Shared, newer: Option<PushId>) {
-        let (id, tree, answer) = match self {
+        let (id, tree, mut answer): (_, _, Answer) = match self {
             Self::Push {
                 id,
                 received,
@@ -271,7 +338,7 @@ impl Request {
                 ..
             } => (id, received.target.tree_digest(), answer),
             Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
-                (id, shared.status().tree, answer)
+                (id, shared.status().tree, answer.into())
             }
             Self::Cancel { .. } | Self::Stop { .. } => return,
         };
@@ -286,7 +353,7 @@ impl Request {
             timings_ms: Timings::default(),
         }));
         events.finish();
-        let _ = answer.send(Ok(events));
+        answer.give(Ok(events));
     }
 }
 
@@ -385,11 +452,8 @@ impl Worker {
     async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
             Request::Push {
-                id,
-                received,
-                by,
-                answer,
-            } => self.take_push(id, *received, by, answer, stop).await,
+                id, received, by, ..
+            } => self.take_push(id, *received, by, stop).await,
             Request::Rollback {
                 id,
                 generation,
@@ -421,30 +485,18 @@ impl Worker {
         self.show();
     }
 
-    async fn take_push(
-        &mut self,
-        id: PushId,
-        received: Received,
-        by: String,
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
-        stop: &Stop,
-    ) {
-        // The tree may have changed since the push was received.
-        let base = received.preamble.as_ref().map(|preamble| preamble.base);
-        let is_whole =
-            base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
-        if !is_whole && base != Some(self.tree.digest()) {
-            let _ = answer.send(Err(self.tree.digest()));
-            return;
-        }
+    async fn take_push(&mut self, id: PushId, received: Received, by: String, stop: &Stop) {
         let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
-        let _ = answer.send(Ok(Arc::clone(&exchange.events)));
-        exchange.tell(EventKind::Received {
-            push: id,
-            tree: exchange.tree,
-            changed: received.changed,
-            deleted: received.deleted,
-        });
+        if !fits_on(&received, self.tree.digest()) {
+            return self.end(
+                exchange,
+                Ending {
+                    outcome: Outcome::Refused,
+                    reason: Some("the agent's tree changed while the push waited".to_owned()),
+                    hint: Some("push again".to_owned()),
+                },
+            );
+        }
         let ending = self.push(&mut exchange, received).await;
         let ending =
             ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));

@@ -33,6 +33,7 @@ mod serve;
 mod shared;
 mod toolchain;
 mod tree;
+mod uploads;
 mod warm;
 
 use std::{path::PathBuf, process::ExitCode};

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use rrun_protocol::{BootId, PublicKey};
+use rrun_protocol::{BootId, MAX_UPLOADS_BYTES, PublicKey};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -34,6 +34,7 @@ use crate::{
     service::Service,
     shared::Shared,
     tree::Tree,
+    uploads::Uploads,
 };
 
 /// How long answers under way may take once everything else has ended.
@@ -93,7 +94,14 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     );
     let stop = CancellationToken::new();
     let gate = Arc::new(Gate::new(keys, boot));
-    let routes = control::routes(gate, Arc::clone(&shared), requests, stop.clone());
+    let uploads = Arc::new(Uploads::new(layout, MAX_UPLOADS_BYTES));
+    let routes = control::routes(
+        gate,
+        Arc::clone(&shared),
+        requests,
+        Arc::clone(&uploads),
+        stop.clone(),
+    );
     let proxy = Arc::new(Proxy::new(route));
 
     let close = CancellationToken::new();
@@ -109,7 +117,10 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         announce(file, port, boot)?;
     }
 
-    let end = deployer.run(stop).await;
+    let end = tokio::select! {
+        end = deployer.run(stop) => end,
+        never = uploads.forget_idle() => match never {},
+    };
     close.cancel();
     // Who follows a log would keep its connection for ever.
     let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;

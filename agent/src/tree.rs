@@ -538,7 +538,11 @@ fn read_entry(path: &Path) -> io::Result<Entry> {
     })
 }
 
-fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u64, Digest)> {
+/// Copies everything, and gives its size and digest.
+pub(crate) fn copy_and_digest(
+    from: &mut dyn Read,
+    to: &mut dyn io::Write,
+) -> io::Result<(u64, Digest)> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 64 << 10];
     let mut size = 0;

@@ -82,6 +82,12 @@ impl AskError {
         matches!(self, Self::Broken { .. } | Self::Unreachable { .. })
     }
 
+    /// Whether the same request may be taken in a moment: it broke on its way, or the agent had its hands full.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Broken { .. })
+            || self.refused_with(StatusCode::SERVICE_UNAVAILABLE).is_some()
+    }
+
     /// The refusal with this status, if it is one.
     pub(crate) fn refused_with(&self, expected: StatusCode) -> Option<&Refusal> {
         match self {

@@ -8,11 +8,13 @@
     reason = "tests stop at the first surprise, and start programs as a person would"
 )]
 
+mod connection;
 mod control;
 mod handover;
 mod harness;
 mod laptop;
 mod order;
+mod proxy;
 mod push;
 mod sent;
 mod swap;
