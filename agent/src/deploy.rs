@@ -576,7 +576,7 @@ impl Worker {
         )
         .await;
         log.finish();
-        self.tree.build_ended()?;
+        self.tree.build_ended();
         let millis = millis_since(started);
         exchange.timings.build = Some(millis);
         let (success, fresh) = result
@@ -589,7 +589,7 @@ impl Worker {
             millis,
         });
         if result.is_err() {
-            self.tree.partly_built(build_plan, &compiled)?;
+            self.tree.partly_built(build_plan, &compiled);
         }
         let built = match result {
             Ok(built) => built,
@@ -598,7 +598,7 @@ impl Worker {
             Err(error @ CompileError::Stale(_)) => return Err(error.into()),
             Err(CompileError::Other(error)) => return Err(error),
         };
-        self.tree.built(build_plan)?;
+        self.tree.built(build_plan);
         let (tree, by, push) = (self.tree.digest(), exchange.by.clone(), Some(exchange.id));
         let generation =
             self.generations

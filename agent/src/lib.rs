@@ -20,6 +20,7 @@ mod child;
 mod compile;
 mod control;
 mod deploy;
+mod fault;
 mod headers;
 mod keeper;
 mod layout;

@@ -87,7 +87,7 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
         &CancellationToken::new(),
     )
     .await;
-    tree.build_ended()?;
+    tree.build_ended();
     let built = match built {
         Ok(built) => built,
         Err(CompileError::Failed(status)) => {
@@ -95,7 +95,7 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
-    tree.built(build_plan)?;
+    tree.built(build_plan);
     let mut generations = Generations::open(&layout)?;
     let digest = tree.digest();
     let generation =
