@@ -21,19 +21,14 @@ use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    child::Started,
-    clock::running_timeout,
+    fault::fault_point,
     layout::Layout,
-    platform,
     recipe::{self, Command},
     tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
-const CANCEL_GRACE: Duration = Duration::from_secs(3);
-
-/// Pause between two looks whether cargo's group has ended.
-const GONE_EVERY: Duration = Duration::from_millis(2);
+const CANCEL_GRACE: Duration = Duration::from_secs(2);
 
 /// Longest line of cargo's JSON: one diagnostic with its rendered text.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
@@ -117,6 +112,7 @@ async fn run(
     cancel: &CancellationToken,
 ) -> Result<Finished, CompileError> {
     let mut started = command.start().await.context("cannot start cargo")?;
+    fault_point!("building");
     let child = &mut started.child;
     let stdout = child
         .stdout
@@ -142,11 +138,11 @@ async fn run(
             .map(unit),
     );
     let Some(status) = status else {
-        end_group(started, Signal::INT).await;
+        started.end(Signal::INT, CANCEL_GRACE).await;
         return Err(CompileError::Cancelled);
     };
-    // A build script may have left something running in cargo's group.
-    end_group(started, Signal::TERM).await;
+    // A build script may have left something running.
+    started.end(Signal::TERM, CANCEL_GRACE).await;
     if !status.success() {
         return Err(CompileError::Failed(status));
     }
@@ -162,24 +158,6 @@ async fn run(
         built: Built { executable, fresh },
         artifacts,
     })
-}
-
-/// Ends what is left of cargo's process group: `first`, a grace, SIGKILL, until nothing of it is left.
-async fn end_group(mut started: Started, first: Signal) {
-    let group = started.process();
-    let gone = async {
-        // An error means that somebody else reaped it, so it has ended.
-        let _ = started.child.wait().await.is_ok();
-        while platform::group_is_alive(group) {
-            tokio::time::sleep(GONE_EVERY).await;
-        }
-    };
-    tokio::pin!(gone);
-    platform::signal_group(group, first);
-    if running_timeout(CANCEL_GRACE, &mut gone).await.is_err() {
-        platform::signal_group(group, Signal::KILL);
-        gone.await;
-    }
 }
 
 /// Cargo's standard output: one JSON message a line. What is no message, as from a build script, is part of the log.

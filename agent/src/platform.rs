@@ -12,6 +12,10 @@ use std::{
 use listeners::{Protocol, SocketState};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 
+use crate::child::Leftovers;
+#[cfg(target_os = "linux")]
+use crate::child::Registered;
+
 /// Listening TCP sockets, as seen from one process group.
 #[derive(Debug, Default)]
 pub(crate) struct Sockets {
@@ -93,6 +97,14 @@ pub(crate) fn signal_group(group: u32, signal: Signal) {
     }
 }
 
+/// Sends a signal to one process.
+pub(crate) fn signal(process: u32, signal: Signal) {
+    if let Some(pid) = pid(process) {
+        // It may have ended by now.
+        let _ = kill_process(pid, signal).is_ok();
+    }
+}
+
 /// A process that may have left its group, and when it started: numbers are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Descendant {
@@ -101,12 +113,16 @@ pub(crate) struct Descendant {
 }
 
 impl Descendant {
-    /// Ends it, if it is still the same process.
-    pub(crate) fn kill(self) {
-        let same = process(self.process).is_some_and(|now| now.started == self.started);
+    /// Sends it a signal, if it is still the same process.
+    pub(crate) fn send(self, signal: Signal) {
+        let same = identity(self.process) == Some(self.started);
         if let (true, Some(pid)) = (same, pid(self.process)) {
-            // It may have ended by now.
-            let _ = kill_process(pid, Signal::KILL).is_ok();
+            // It may have ended by now. Where descendants cannot be listed, only leaders of groups are known.
+            let _ = if cfg!(target_os = "linux") {
+                kill_process(pid, signal).is_ok()
+            } else {
+                kill_process_group(pid, signal).is_ok()
+            };
         }
     }
 
@@ -130,24 +146,19 @@ struct Process {
 }
 
 /// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
-/// whose environment names the group's private port.
+/// whose environment holds `mark`.
 #[cfg(target_os = "linux")]
-pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(group: u32, mark: Option<&[u8]>) -> Vec<Descendant> {
     let processes = processes();
     let own = std::process::id();
     let belongs = |number: u32, process: &Process| {
         process.group == group
             || descends(&processes, number, group)
-            || is_orphan(process, own) && names_port(number, port)
+            || is_orphan(process, own) && mark.is_some_and(|mark| has_in_environment(number, mark))
     };
-    processes
-        .iter()
-        .filter(|(number, process)| **number != own && !process.dead && belongs(**number, process))
-        .map(|(number, process)| Descendant {
-            process: *number,
-            started: process.started,
-        })
-        .collect()
+    found(&processes, |number, process| {
+        number != own && belongs(number, process)
+    })
 }
 
 /// Adopted by the agent, or by process 1 where the agent adopts nobody.
@@ -157,19 +168,121 @@ fn is_orphan(process: &Process, own: u32) -> bool {
 }
 
 #[cfg(target_os = "linux")]
-fn names_port(process: u32, port: u16) -> bool {
-    let wanted = format!("PORT={port}");
+fn has_in_environment(process: u32, mark: &[u8]) -> bool {
     std::fs::read(format!("/proc/{process}/environ")).is_ok_and(|environment| {
         environment
             .split(|byte| *byte == 0)
-            .any(|variable| variable == wanted.as_bytes())
+            .any(|line| line == mark)
     })
+}
+
+#[cfg(target_os = "linux")]
+fn found(
+    processes: &HashMap<u32, Process>,
+    is_meant: impl Fn(u32, &Process) -> bool,
+) -> Vec<Descendant> {
+    let meant = processes
+        .iter()
+        .filter(|(number, process)| !process.dead && is_meant(**number, process));
+    let meant = meant.map(|(number, process)| Descendant {
+        process: *number,
+        started: process.started,
+    });
+    meant.collect()
 }
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn descendants(_group: u32, _port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(_group: u32, _mark: Option<&[u8]>) -> Vec<Descendant> {
     Vec::new()
+}
+
+/// What is left of the processes that an earlier agent registered, and of what they started.
+///
+/// A number alone proves nothing, as it is used again. The leader of a group is known by its start time. Where it has ended,
+/// its group is known by the mark in its members' environment, and who left the group by that and by having been adopted.
+#[cfg(target_os = "linux")]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let same_boot = left.boot == boot();
+    if left.processes.is_empty() || !same_boot {
+        return Vec::new();
+    }
+    let processes = processes();
+    let own_line = ancestors(&processes, std::process::id());
+    let leader_lives = |number: u32, started: u64| {
+        let now = processes.get(&number);
+        now.is_some_and(|now| now.started == started && !now.dead)
+    };
+    let is_left = |number: u32, process: &Process, registered: &Registered| {
+        let has_mark = || {
+            let mark = registered.mark.as_deref();
+            mark.is_some_and(|mark| has_in_environment(number, mark))
+        };
+        match registered.process {
+            Some((leader, started)) if leader_lives(leader, started) => {
+                process.group == leader || descends(&processes, number, leader)
+            }
+            Some((leader, _)) if process.group == leader => has_mark(),
+            _ => own_line.contains(&process.parent) && has_mark(),
+        }
+    };
+    let roots: HashSet<u32> = processes
+        .iter()
+        .filter(|(number, process)| process.started >= left.since && !own_line.contains(number))
+        .filter(|(number, process)| {
+            let mut registered = left.processes.iter();
+            registered.any(|registered| is_left(**number, process, registered))
+        })
+        .map(|(number, _)| *number)
+        .collect();
+    found(&processes, |number, _| {
+        !own_line.contains(&number) && roots.iter().any(|root| descends(&processes, number, *root))
+    })
+}
+
+/// A process, its parent, and so on: orphans are adopted by one of those.
+#[cfg(target_os = "linux")]
+fn ancestors(processes: &HashMap<u32, Process>, process: u32) -> HashSet<u32> {
+    let mut line = HashSet::from([1]);
+    let mut at = process;
+    while line.insert(at) {
+        let Some(process) = processes.get(&at) else {
+            break;
+        };
+        at = process.parent;
+    }
+    line
+}
+
+/// The groups' leaders: what left a group cannot be found here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let leaders = left.processes.iter().filter_map(|left| left.process);
+    leaders
+        .map(|(process, started)| Descendant { process, started })
+        .filter(|leader| identity(leader.process) == Some(leader.started))
+        .collect()
+}
+
+/// What tells a process from every other one that ever had its number: its start time.
+#[cfg(target_os = "linux")]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    Some(process(number)?.started)
+}
+
+/// What tells a process from every other one that ever had its number: its start time, as `ps` tells it.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    use sha2::{Digest as _, Sha256};
+    let started = crate::child::ask("/bin/ps", &["-o", "lstart=", "-p", &number.to_string()])?;
+    let digest: [u8; 32] = Sha256::digest(started).into();
+    let (first, _) = digest.split_first_chunk()?;
+    Some(u64::from_be_bytes(*first))
+}
+
+/// The machine's boot; nothing where it cannot be told.
+pub(crate) fn boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Whether a process of the group still runs; one that ended and waits for its parent does not count.

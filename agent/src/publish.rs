@@ -202,10 +202,12 @@ impl Generations {
 /// Removes a generation's folder all at once: half of one would look whole after a crash.
 fn remove(layout: &Layout, folder: &Path) -> anyhow::Result<()> {
     let remove = || -> io::Result<()> {
-        let staging = tempfile::TempDir::new_in(layout.staging())?;
-        fs::rename(folder, staging.path().join("removed"))?;
+        // Of its own number, because a folder with a random name would have to be made first, on a disk that may be full.
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let removed = layout.staging().join(format!("generation-{name}"));
+        fs::rename(folder, &removed)?;
         fault_point!("generation removed");
-        staging.close()
+        fs::remove_dir_all(removed)
     };
     remove().with_context(|| format!("cannot remove `{}`", folder.display()))
 }

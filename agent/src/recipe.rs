@@ -60,6 +60,9 @@ const ALWAYS: [(&str, &str); 5] = [
     ("CARGO_TERM_PROGRESS_WIDTH", "80"),
 ];
 
+/// Names cargo's target directory, and so whose build a process belongs to.
+const TARGET_DIRECTORY: &str = "CARGO_TARGET_DIR";
+
 /// A call of cargo or rustc.
 #[derive(Clone, Debug)]
 pub(crate) struct Command {
@@ -91,6 +94,7 @@ impl Command {
             arguments: self.arguments.clone(),
             directory: &self.folder,
             environment: self.environment.clone(),
+            known_by: TARGET_DIRECTORY,
         };
         child::start(&spec).await
     }
@@ -181,7 +185,7 @@ fn cargo(layout: &Layout, plan: &BuildPlan) -> Command {
         None => layout.tree(),
     };
     let mut environment = base_environment();
-    environment.push(("CARGO_TARGET_DIR".into(), layout.target().into()));
+    environment.push((TARGET_DIRECTORY.into(), layout.target().into()));
     environment.extend(
         plan.environment
             .iter()
