@@ -10,6 +10,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::ExitStatus,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -24,6 +25,7 @@ use crate::{
     fault::fault_point,
     layout::Layout,
     recipe::{self, Command},
+    room::FULL,
     tree::TouchedFiles,
 };
 
@@ -54,6 +56,9 @@ pub(crate) enum CompileError {
     /// Cargo calls something fresh that is not, even after it was cleaned.
     #[error("cargo calls `{0}` up to date although it was cleaned")]
     Stale(String),
+    /// There was no room for what it makes; its log says where exactly.
+    #[error("there is no room to build in: `{}` is full", .0.display())]
+    NoRoom(PathBuf),
     /// Cargo could not be run or understood.
     #[error(transparent)]
     Other(#[from] anyhow::Error),
@@ -69,6 +74,42 @@ pub(crate) trait BuildLog {
 ///
 /// `compiled` gets the units that were compiled, also if the build as a whole does not succeed.
 pub(crate) async fn compile(
+    layout: &Layout,
+    plan: &BuildPlan,
+    touched: &TouchedFiles,
+    compiled: &mut BTreeSet<String>,
+    log: &impl BuildLog,
+    cancel: &CancellationToken,
+) -> Result<Built, CompileError> {
+    let log = &Watched {
+        log,
+        no_room: AtomicBool::new(false),
+    };
+    let told = compile_watched(layout, plan, touched, compiled, log, cancel).await;
+    match told {
+        Err(CompileError::Failed(_)) if log.no_room.load(Ordering::Relaxed) => {
+            Err(CompileError::NoRoom(layout.target()))
+        }
+        told => told,
+    }
+}
+
+/// Notes whether anybody complains that the disk is full.
+struct Watched<'l, L> {
+    log: &'l L,
+    no_room: AtomicBool,
+}
+
+impl<L: BuildLog> BuildLog for Watched<'_, L> {
+    fn tell(&self, event: EventKind) {
+        if matches!(&event, EventKind::Log { text } if text.contains(FULL)) {
+            self.no_room.store(true, Ordering::Relaxed);
+        }
+        self.log.tell(event);
+    }
+}
+
+async fn compile_watched(
     layout: &Layout,
     plan: &BuildPlan,
     touched: &TouchedFiles,

@@ -28,7 +28,7 @@ use crate::{
     authorize::{Gate, Signer},
     clock::running_timeout,
     deploy,
-    receive::{ReceiveError, receive},
+    receive::{ReceiveError, Received, receive},
     record::{Item, Record},
     shared::{Events, Shared},
 };
@@ -142,15 +142,11 @@ async fn push(
     let signer = signer(&request)?;
     let encoding = encoding(request.headers());
     let body = read_body(&control, request.into_body(), signer.body).await?;
-    let received = {
-        let (shared, manifest) = (Arc::clone(&control.shared), control.shared.manifest());
-        let result = tokio::task::spawn_blocking(move || {
-            receive(&shared.layout, &manifest, &body, &encoding)
-        })
-        .await;
-        let result =
-            result.map_err(|error| no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-        result.map_err(|error| refuse_push(&control, &error))?
+    let received = match stage(&control, &body, &encoding).await? {
+        Err(error) if error.is_no_room() => {
+            return Err(no_room(&control, &error).await);
+        }
+        staged => staged.map_err(|error| refuse_push(&control, &error))?,
     };
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::Push {
@@ -160,6 +156,35 @@ async fn push(
         answer,
     };
     follow(&control, request, answered).await
+}
+
+/// Takes a body apart beside the tree.
+async fn stage(
+    control: &Control,
+    body: &Bytes,
+    encoding: &str,
+) -> Result<Result<Received, ReceiveError>, No> {
+    let (shared, manifest) = (Arc::clone(&control.shared), control.shared.manifest());
+    let (body, encoding) = (body.clone(), encoding.to_owned());
+    let staging =
+        tokio::task::spawn_blocking(move || receive(&shared.layout, &manifest, &body, &encoding));
+    staging
+        .await
+        .map_err(|error| no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+}
+
+/// The refusal of a push that found the disk full, after room was made for the next one.
+async fn no_room(control: &Control, error: &ReceiveError) -> No {
+    let (answer, answered) = oneshot::channel();
+    let request = deploy::Request::MakeRoom { answer };
+    let hint = ask(control, request, answered).await.ok().flatten();
+    let folder = control.shared.layout.staging();
+    let mut refusal = no(
+        StatusCode::INSUFFICIENT_STORAGE,
+        format!("{error} (in `{}`)", folder.display()),
+    );
+    refusal.1.hint = hint;
+    refusal
 }
 
 /// Hands an exchange to the deployer and answers with its events.

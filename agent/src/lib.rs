@@ -30,6 +30,7 @@ mod publish;
 mod receive;
 mod recipe;
 mod record;
+mod room;
 mod serve;
 mod shared;
 mod tree;
