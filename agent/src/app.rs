@@ -263,18 +263,17 @@ impl App {
                 known.push(late);
             }
         }
-        self.finish(&known).await;
+        self.finish(known).await;
     }
 
     /// SIGKILL at once; returns when nothing of it is left.
     pub(crate) async fn kill(mut self) {
         let known = self.descendants().await;
-        self.finish(&known).await;
+        self.finish(known).await;
     }
 
-    async fn finish(&mut self, known: &[Descendant]) {
-        self.kill_now(known);
-        if running_timeout(KILLED_LIMIT, self.ended(known))
+    async fn finish(&mut self, known: Vec<Descendant>) {
+        if running_timeout(KILLED_LIMIT, self.kill_all(known))
             .await
             .is_err()
         {
@@ -287,6 +286,18 @@ impl App {
         // Whoever still holds the pipe is not part of the app any more.
         let _ = running_timeout(REST_OF_OUTPUT_LIMIT, rest).await.is_ok();
         self.gone = true;
+    }
+
+    /// Again and again: what is killed may have been about to start something that was not listed yet.
+    async fn kill_all(&mut self, mut known: Vec<Descendant>) {
+        loop {
+            self.kill_now(&known);
+            self.ended(&known).await;
+            known = self.descendants().await;
+            if known.is_empty() {
+                return;
+            }
+        }
     }
 
     fn kill_now(&self, known: &[Descendant]) {
@@ -315,6 +326,8 @@ impl Drop for App {
     fn drop(&mut self) {
         if !self.gone {
             self.kill_now(&self.started.look()());
+            // What was just being started is found once it is there; not worth making an async thread wait.
+            std::thread::spawn(self.started.kill_until_gone());
         }
     }
 }

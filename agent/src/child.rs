@@ -125,17 +125,28 @@ impl Started {
         }
         platform::signal_group(self.process, first);
         known.iter().for_each(|descendant| descendant.send(first));
-        // Even if all is gone by then: what was started meanwhile and left the group is not known yet.
         let _ = running_timeout(grace, self.ended(&known)).await.is_ok();
-        known.extend(self.descendants());
-        self.kill(&known);
-        self.ended(&known).await;
+        // Again and again, even if all is gone by then: what was just being started was not listed yet.
+        loop {
+            self.kill(&known);
+            self.ended(&known).await;
+            known = self.descendants();
+            if known.is_empty() {
+                return;
+            }
+        }
     }
 
     /// Looks for everything that it started; reads all of `/proc`, so not for the async threads.
     pub(crate) fn look(&self) -> impl FnOnce() -> Vec<Descendant> + Send + 'static {
         let (process, mark) = (self.process, self.mark.clone());
         move || platform::descendants(process, mark.as_deref())
+    }
+
+    /// Kills everything that it started, also what is only just being started; not for the async threads.
+    pub(crate) fn kill_until_gone(&self) -> impl FnOnce() + Send + 'static {
+        let (process, mark) = (self.process, self.mark.clone());
+        move || platform::kill_descendants(process, mark.as_deref())
     }
 
     fn descendants(&self) -> Vec<Descendant> {

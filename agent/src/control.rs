@@ -18,7 +18,8 @@ use axum::{
 use futures_util::{Stream, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use rrun_protocol::{
-    Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId, Refusal, Status, TreeDigest,
+    BOOT_HEADER, Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId, Refusal,
+    Status, TreeDigest,
 };
 use serde::Deserialize;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -105,25 +106,28 @@ fn no(status: StatusCode, error: impl Into<String>) -> No {
     )
 }
 
+/// Lets signed requests through, and marks every answer as the agent's.
 async fn authorize(State(control): State<Control>, mut request: Request, next: Next) -> Response {
     let path_and_query = request
         .uri()
         .path_and_query()
         .map_or("", |path| path.as_str());
-    match control
+    let checked = control
         .gate
-        .check(request.method().as_str(), path_and_query, request.headers())
-    {
+        .check(request.method().as_str(), path_and_query, request.headers());
+    let mut response = match checked {
         Ok(signer) => {
             request.extensions_mut().insert(signer);
-            let mut response = next.run(request).await;
-            response
-                .headers_mut()
-                .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-            response
+            next.run(request).await
         }
         Err((status, refusal)) => No(status, refusal).into_response(),
+    };
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if let Ok(boot) = HeaderValue::from_str(&control.shared.status().boot.to_string()) {
+        headers.insert(BOOT_HEADER, boot);
     }
+    response
 }
 
 async fn not_found() -> No {

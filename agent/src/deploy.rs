@@ -23,7 +23,7 @@ use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
     clock::running_timeout,
-    compile::{BuildLog, CompileError, compile},
+    compile::{Build, BuildLog, CompileError},
     fault::fault_point,
     output::OutputLine,
     publish::{Generation, Generations},
@@ -409,12 +409,12 @@ impl Worker {
                 by,
                 answer,
             } => {
-                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let exchange = self.begin_without_files(id, by, stop);
                 let _ = answer.send(Ok(Arc::clone(&exchange.events)));
                 self.rollback(exchange, generation).await;
             }
             Request::Restart { id, by, answer } => {
-                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let exchange = self.begin_without_files(id, by, stop);
                 let _ = answer.send(Ok(Arc::clone(&exchange.events)));
                 self.restart(exchange).await;
             }
@@ -600,22 +600,24 @@ impl Worker {
         let build_plan = plan.build.digest();
         let touched = self.tree.touched(&build_plan);
         let mut compiled = BTreeSet::new();
-        let layout = self.shared.layout.clone();
-        let result = compile(
-            &layout,
-            &plan.build,
-            &touched,
-            &mut compiled,
-            &build_log,
-            &exchange.stop.token,
-        )
-        .await;
+        let build = Build {
+            layout: &self.shared.layout,
+            plan: &plan.build,
+            touched: &touched,
+            after_interruption: self.tree.build_begins(),
+            log: &build_log,
+            cancel: &exchange.stop.token,
+        };
+        let result = build.compile(&mut compiled).await;
         fault_point!("built");
         log.finish();
-        if matches!(result, Err(CompileError::NoRoom(_))) {
+        // What a full disk cut off may be broken too.
+        let no_room = matches!(result, Err(CompileError::NoRoom(_)));
+        if no_room {
             self.make_room();
         }
-        self.tree.build_ended();
+        let by_itself = !no_room && !matches!(result, Err(CompileError::Cancelled));
+        self.tree.build_ended(by_itself);
         let millis = millis_since(started);
         exchange.timings.build = Some(millis);
         let (success, fresh) = result
@@ -632,7 +634,7 @@ impl Worker {
         }
         let built = match result {
             Ok(built) => built,
-            Err(CompileError::Failed(_)) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
+            Err(CompileError::Failed { .. }) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
             Err(CompileError::Cancelled) => return Ok(Err(exchange.stopped())),
             Err(error @ (CompileError::Stale(_) | CompileError::NoRoom(_))) => {
                 return Err(error.into());
@@ -786,6 +788,19 @@ impl Worker {
         };
         let ending = ending.unwrap_or_else(|error| self.failed(&error));
         self.end(exchange, ending);
+    }
+
+    /// Starts an exchange that sends no files. Its first event names it, so that it can be taken up like a push.
+    fn begin_without_files<'s>(&self, id: PushId, by: String, stop: &'s Stop) -> Exchange<'s> {
+        let exchange = self.begin(id, by, self.tree.digest(), stop);
+        let (tree, changed, deleted) = (exchange.tree, 0, 0);
+        exchange.tell(EventKind::Received {
+            push: id,
+            tree,
+            changed,
+            deleted,
+        });
+        exchange
     }
 
     fn begin<'s>(&self, id: PushId, by: String, tree: TreeDigest, stop: &'s Stop) -> Exchange<'s> {

@@ -7,6 +7,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::{SocketAddr, TcpListener},
     sync::OnceLock,
+    time::Duration,
 };
 
 use listeners::{Protocol, SocketState};
@@ -15,6 +16,11 @@ use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 use crate::child::Leftovers;
 #[cfg(target_os = "linux")]
 use crate::child::Registered;
+
+/// How often what is left is killed: about two seconds, in which the kernel is done with anything it can end.
+const KILL_ROUNDS: u32 = 500;
+/// Pause between these rounds.
+const KILL_PAUSE: Duration = Duration::from_millis(4);
 
 /// Listening TCP sockets, as seen from one process group.
 #[derive(Debug, Default)]
@@ -71,14 +77,14 @@ fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool 
         .is_some_and(|pid| {
             getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
         });
-    in_group || descends(processes, process, group)
+    in_group || descends(processes, process, &HashSet::from([group]))
 }
 
-fn descends(processes: &HashMap<u32, Process>, process: u32, ancestor: u32) -> bool {
+fn descends(processes: &HashMap<u32, Process>, process: u32, roots: &HashSet<u32>) -> bool {
     let mut seen = HashSet::new();
     let mut at = process;
     while seen.insert(at) {
-        if at == ancestor {
+        if roots.contains(&at) {
             return true;
         }
         match processes.get(&at) {
@@ -145,26 +151,34 @@ struct Process {
     dead: bool,
 }
 
-/// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
-/// whose environment holds `mark`.
+/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment holds
+/// `mark`, and all descendants of these.
 #[cfg(target_os = "linux")]
 pub(crate) fn descendants(group: u32, mark: Option<&[u8]>) -> Vec<Descendant> {
     let processes = processes();
-    let own = std::process::id();
-    let belongs = |number: u32, process: &Process| {
+    let adopters = line_of_parents(&processes);
+    let is_root = |number: u32, process: &Process| {
         process.group == group
-            || descends(&processes, number, group)
-            || is_orphan(process, own) && mark.is_some_and(|mark| has_in_environment(number, mark))
+            || number == group
+            || adopters.contains(&process.parent)
+                && mark.is_some_and(|mark| has_in_environment(number, mark))
     };
-    found(&processes, |number, process| {
-        number != own && belongs(number, process)
-    })
+    let roots = roots(&processes, &adopters, is_root);
+    found(&processes, &roots)
 }
 
-/// Adopted by the agent, or by process 1 where the agent adopts nobody.
+/// The agent and everything above it: orphans below the agent are adopted by one of these.
 #[cfg(target_os = "linux")]
-fn is_orphan(process: &Process, own: u32) -> bool {
-    process.parent == own || process.parent == 1
+fn line_of_parents(processes: &HashMap<u32, Process>) -> HashSet<u32> {
+    let mut line = HashSet::new();
+    let mut at = std::process::id();
+    while line.insert(at) {
+        match processes.get(&at) {
+            Some(process) => at = process.parent,
+            None => break,
+        }
+    }
+    line
 }
 
 #[cfg(target_os = "linux")]
@@ -176,19 +190,45 @@ fn has_in_environment(process: u32, mark: &[u8]) -> bool {
     })
 }
 
+/// Processes that are meant, the agent and what is above it never among them.
 #[cfg(target_os = "linux")]
-fn found(
+fn roots(
     processes: &HashMap<u32, Process>,
-    is_meant: impl Fn(u32, &Process) -> bool,
-) -> Vec<Descendant> {
-    let meant = processes
+    adopters: &HashSet<u32>,
+    is_root: impl Fn(u32, &Process) -> bool,
+) -> HashSet<u32> {
+    processes
         .iter()
-        .filter(|(number, process)| !process.dead && is_meant(**number, process));
-    let meant = meant.map(|(number, process)| Descendant {
-        process: *number,
-        started: process.started,
-    });
-    meant.collect()
+        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
+        .map(|(number, _)| *number)
+        .collect()
+}
+
+/// What is alive of `roots` and their descendants.
+#[cfg(target_os = "linux")]
+fn found(processes: &HashMap<u32, Process>, roots: &HashSet<u32>) -> Vec<Descendant> {
+    processes
+        .iter()
+        .filter(|(number, process)| !process.dead && descends(processes, **number, roots))
+        .map(|(number, process)| Descendant {
+            process: *number,
+            started: process.started,
+        })
+        .collect()
+}
+
+/// Kills everything that started in `group` until nothing is left, which may have been about to start more.
+pub(crate) fn kill_descendants(group: u32, mark: Option<&[u8]>) {
+    for _ in 0..KILL_ROUNDS {
+        let left = descendants(group, mark);
+        if left.is_empty() {
+            return;
+        }
+        for descendant in left {
+            descendant.send(Signal::KILL);
+        }
+        std::thread::sleep(KILL_PAUSE);
+    }
 }
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
@@ -208,7 +248,7 @@ pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
         return Vec::new();
     }
     let processes = processes();
-    let own_line = ancestors(&processes, std::process::id());
+    let adopters = line_of_parents(&processes);
     let leader_lives = |number: u32, started: u64| {
         let now = processes.get(&number);
         now.is_some_and(|now| now.started == started && !now.dead)
@@ -219,39 +259,19 @@ pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
             mark.is_some_and(|mark| has_in_environment(number, mark))
         };
         match registered.process {
-            Some((leader, started)) if leader_lives(leader, started) => {
-                process.group == leader || descends(&processes, number, leader)
+            Some((leader, started)) if leader_lives(leader, started) && process.group == leader => {
+                true
             }
             Some((leader, _)) if process.group == leader => has_mark(),
-            _ => own_line.contains(&process.parent) && has_mark(),
+            _ => adopters.contains(&process.parent) && has_mark(),
         }
     };
-    let roots: HashSet<u32> = processes
-        .iter()
-        .filter(|(number, process)| process.started >= left.since && !own_line.contains(number))
-        .filter(|(number, process)| {
-            let mut registered = left.processes.iter();
-            registered.any(|registered| is_left(**number, process, registered))
-        })
-        .map(|(number, _)| *number)
-        .collect();
-    found(&processes, |number, _| {
-        !own_line.contains(&number) && roots.iter().any(|root| descends(&processes, number, *root))
-    })
-}
-
-/// A process, its parent, and so on: orphans are adopted by one of those.
-#[cfg(target_os = "linux")]
-fn ancestors(processes: &HashMap<u32, Process>, process: u32) -> HashSet<u32> {
-    let mut line = HashSet::from([1]);
-    let mut at = process;
-    while line.insert(at) {
-        let Some(process) = processes.get(&at) else {
-            break;
-        };
-        at = process.parent;
-    }
-    line
+    let roots = roots(&processes, &adopters, |number, process| {
+        let mut registered = left.processes.iter();
+        process.started >= left.since
+            && registered.any(|registered| is_left(number, process, registered))
+    });
+    found(&processes, &roots)
 }
 
 /// The groups' leaders: what left a group cannot be found here.

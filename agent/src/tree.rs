@@ -33,6 +33,7 @@ const MANIFEST: &str = "manifest";
 const JOURNAL: &str = "journal";
 const TOUCHED: &str = "touched";
 const LAST_BUILD: &str = "last-build";
+const INTERRUPTED: &str = "interrupted";
 
 /// How much later than the last build's end a changed file's time is at least. Kernels stamp files with a clock that ticks
 /// every 1 to 10 ms, so two moments within a tick look equal to cargo.
@@ -298,13 +299,25 @@ impl Tree {
         self.note(TOUCHED, &self.touched);
     }
 
-    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made.
-    pub(crate) fn build_ended(&mut self) {
-        self.last_build = now().max(self.last_build);
-        self.note(LAST_BUILD, &self.last_build);
+    /// Notes that a build begins, and says whether the one before was interrupted: what that left may be broken.
+    pub(crate) fn build_begins(&mut self) -> bool {
+        let interrupted = self.layout.load(INTERRUPTED).unwrap_or(false);
+        self.note(INTERRUPTED, &true);
+        interrupted
     }
 
-    /// Writes down what a build did. Without it the next start is only more careful, so a full disk fails no push here.
+    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made; and whether
+    /// cargo came to its own end, be it a failure.
+    pub(crate) fn build_ended(&mut self, by_itself: bool) {
+        self.last_build = now().max(self.last_build);
+        self.note(LAST_BUILD, &self.last_build);
+        if by_itself {
+            self.note(INTERRUPTED, &false);
+        }
+    }
+
+    /// Writes down what becomes of builds. Where that fails, as on a full disk, the push goes on: the next build may be
+    /// more careful than it has to be, or fail where it would have been cleaned.
     fn note(&self, name: &str, value: &impl Serialize) {
         if let Err(error) = self.layout.store(name, value) {
             tracing::warn!("{error:#}");
@@ -791,7 +804,7 @@ mod tests {
     fn a_changed_file_written_right_after_a_build_is_newer_and_not_in_the_future() {
         let bench = Bench::new();
         let mut tree = bench.open();
-        tree.build_ended();
+        tree.build_ended(true);
         bench.apply(&mut tree, &[file("changed", "1")]);
         let changed = modified(&bench.path("changed"));
         assert!(changed.duration_since(UNIX_EPOCH).unwrap() >= tree.last_build + TICK);

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Workspace,
     authorize::seconds_since_1970,
-    compile::{BuildLog, CompileError, compile},
+    compile::{Build, BuildLog, CompileError},
     layout::Layout,
     publish::{Generation, Generations},
     recipe,
@@ -78,19 +78,19 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
     };
     let build_plan = plan.build.digest();
     let touched = tree.touched(&build_plan);
-    let built = compile(
-        &layout,
-        &plan.build,
-        &touched,
-        &mut BTreeSet::new(),
-        &StandardError,
-        &CancellationToken::new(),
-    )
-    .await;
-    tree.build_ended();
+    let build = Build {
+        layout: &layout,
+        plan: &plan.build,
+        touched: &touched,
+        after_interruption: tree.build_begins(),
+        log: &StandardError,
+        cancel: &CancellationToken::new(),
+    };
+    let built = build.compile(&mut BTreeSet::new()).await;
+    tree.build_ended(true);
     let built = match built {
         Ok(built) => built,
-        Err(CompileError::Failed(status)) => {
+        Err(CompileError::Failed { status, .. }) => {
             bail!("the tree does not compile: cargo ended with {status}")
         }
         Err(error) => return Err(error.into()),

@@ -44,3 +44,6 @@ pub const CONTROL_PREFIX: &str = "/_rrun/";
 
 /// Header that carries a request's [`Authorization`]. `Authorization` itself stays free for the app.
 pub const SIGNATURE_HEADER: &str = "rrun-signature";
+
+/// Header of every answer under [`CONTROL_PREFIX`], with the agent's [`BootId`]: an app that answers there has none.
+pub const BOOT_HEADER: &str = "rrun-boot";

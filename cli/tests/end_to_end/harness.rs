@@ -70,6 +70,46 @@ pub(crate) struct Agent {
     pub port: u16,
 }
 
+/// A push that goes on while the test does something else.
+pub(crate) struct Running {
+    child: Child,
+    lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    seen: String,
+}
+
+impl Running {
+    /// Reads events until one of `kind` comes.
+    pub(crate) fn wait_for(&mut self, kind: &str) -> Value {
+        loop {
+            let line = self.lines.next();
+            let line = line.unwrap_or_else(|| panic!("no {kind}: {}", self.seen));
+            let line = line.unwrap();
+            let event: Value = serde_json::from_str(&line).unwrap();
+            self.seen += &(line + "\n");
+            if event["event"] == kind {
+                return event;
+            }
+        }
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> Ran {
+        for line in self.lines.by_ref() {
+            self.seen += &(line.unwrap() + "\n");
+        }
+        let output = self.child.wait_with_output().unwrap();
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: self.seen,
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
 /// What a command of `rrun` did.
 #[derive(Debug)]
 pub(crate) struct Ran {
@@ -155,6 +195,22 @@ impl Laptop {
         let url = agent.url();
         let arguments = [&["push", "--json", "--url", &url], more].concat();
         self.run(&project.folder, &arguments)
+    }
+
+    /// Starts a push and goes on.
+    pub(crate) fn start_push(&self, project: &Project, agent: &Agent, more: &[&str]) -> Running {
+        let url = agent.url();
+        let arguments = [&["push", "--json", "--url", &url], more].concat();
+        let mut command = self.command(&project.folder, &arguments);
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let lines = std::io::BufRead::lines(std::io::BufReader::new(stdout));
+        Running {
+            child,
+            lines,
+            seen: String::new(),
+        }
     }
 
     /// Pushes and expects that it serves.
@@ -274,11 +330,17 @@ impl Project {
 }
 
 impl Agent {
-    /// An agent that takes pushes from `laptops`.
+    /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
+        let named = |(number, laptop): (usize, &&Laptop)| {
+            let key = laptop.public_key();
+            let key: Vec<&str> = key.split(' ').take(2).collect();
+            format!("{} person-{number}", key.join(" "))
+        };
         let keys = laptops
             .iter()
-            .map(|laptop| laptop.public_key())
+            .enumerate()
+            .map(named)
             .collect::<Vec<_>>()
             .join("\n");
         let folder = tempfile::tempdir().unwrap();
@@ -302,6 +364,11 @@ impl Agent {
     /// A file of the agent's tree.
     pub(crate) fn tree(&self, path: &str) -> PathBuf {
         self.workspace().join("tree").join(path)
+    }
+
+    /// Its process id.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends the agent, changes its workspace, and starts it again on the same port.

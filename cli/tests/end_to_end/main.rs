@@ -9,7 +9,10 @@
 )]
 
 mod control;
+mod handover;
 mod harness;
 mod laptop;
+mod order;
 mod push;
 mod swap;
+mod time;
