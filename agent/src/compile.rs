@@ -10,6 +10,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -22,17 +23,15 @@ use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    child::Started, clock::running_timeout, layout::Layout, platform, recipe, tree::TouchedFiles,
+    clock::running_timeout, fault::fault_point, layout::Layout, recipe, room::FULL,
+    tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
-const CANCEL_GRACE: Duration = Duration::from_secs(3);
+const CANCEL_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the rest of its output may take after its group has ended.
 const REST_OF_OUTPUT_LIMIT: Duration = Duration::from_millis(500);
-
-/// Pause between two looks whether cargo's group has ended.
-const GONE_EVERY: Duration = Duration::from_millis(2);
 
 /// Longest line of cargo's JSON: one diagnostic with its rendered text.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
@@ -63,6 +62,9 @@ pub(crate) enum CompileError {
     /// Cargo calls something fresh that is not, even after it was cleaned.
     #[error("cargo calls `{0}` up to date although it was cleaned")]
     Stale(String),
+    /// There was no room for what it makes; its log says where exactly.
+    #[error("there is no room to build in: `{}` is full", .0.display())]
+    NoRoom(PathBuf),
     /// Cargo could not be run or understood.
     #[error(transparent)]
     Other(#[from] anyhow::Error),
@@ -143,6 +145,7 @@ impl<L: BuildLog> Build<'_, L> {
     async fn run(&self, compiled: &mut BTreeSet<String>) -> Result<Finished, CompileError> {
         let command = recipe::build(self.layout, self.plan);
         let mut started = command.start().await.context("cannot start cargo")?;
+        fault_point!("building");
         let child = &mut started.child;
         let stdout = child.stdout.take();
         let stdout = stdout.context("cargo has no standard output")?;
@@ -150,9 +153,10 @@ impl<L: BuildLog> Build<'_, L> {
         let stderr = stderr.context("cargo has no standard error")?;
         let mut heard = Heard::default();
         let mut error = None;
+        let log = Watched::new(self.log);
         let status = {
-            let messages = read_messages(stdout, &mut heard, self.log);
-            let talk = read_talk(stderr, &mut error, self.log);
+            let messages = read_messages(stdout, &mut heard, &log);
+            let talk = read_talk(stderr, &mut error, &log);
             let mut reading = pin!(async { tokio::try_join!(messages, talk) }.fuse());
             let status = loop {
                 tokio::select! {
@@ -168,7 +172,7 @@ impl<L: BuildLog> Build<'_, L> {
             } else {
                 Signal::INT
             };
-            end_group(started, first).await;
+            started.end(first, CANCEL_GRACE).await;
             if !reading.is_terminated() {
                 // What is not there by now belongs to somebody else.
                 let _ = running_timeout(REST_OF_OUTPUT_LIMIT, reading).await.is_ok();
@@ -178,6 +182,9 @@ impl<L: BuildLog> Build<'_, L> {
         compiled.extend(heard.compiled());
         match status {
             None => Err(CompileError::Cancelled),
+            Some(status) if !status.success() && log.no_room.load(Ordering::Relaxed) => {
+                Err(CompileError::NoRoom(self.layout.target()))
+            }
             Some(status) if !status.success() => {
                 let packages = heard.suspects(&self.layout.tree());
                 let error = error.unwrap_or_else(|| format!("cargo ended with {status}"));
@@ -185,6 +192,28 @@ impl<L: BuildLog> Build<'_, L> {
             }
             Some(_) => heard.finished(),
         }
+    }
+}
+
+/// Passes a log on, and notes whether anybody complains there that the disk is full.
+struct Watched<'l, L> {
+    log: &'l L,
+    no_room: AtomicBool,
+}
+
+impl<'l, L> Watched<'l, L> {
+    fn new(log: &'l L) -> Self {
+        let no_room = AtomicBool::new(false);
+        Self { log, no_room }
+    }
+}
+
+impl<L: BuildLog> BuildLog for Watched<'_, L> {
+    fn tell(&self, event: EventKind) {
+        if matches!(&event, EventKind::Log { text } if text.contains(FULL)) {
+            self.no_room.store(true, Ordering::Relaxed);
+        }
+        self.log.tell(event);
     }
 }
 
@@ -231,24 +260,6 @@ impl Heard {
         let fresh = artifacts.iter().filter(|artifact| artifact.fresh).count();
         let built = Built { executable, fresh };
         Ok(Finished { built, artifacts })
-    }
-}
-
-/// Ends what is left of cargo's process group: `first`, a grace, SIGKILL, until nothing of it is left.
-async fn end_group(mut started: Started, first: Signal) {
-    let group = started.process();
-    let gone = async {
-        // An error means that somebody else reaped it, so it has ended.
-        let _ = started.child.wait().await.is_ok();
-        while platform::group_is_alive(group) {
-            tokio::time::sleep(GONE_EVERY).await;
-        }
-    };
-    tokio::pin!(gone);
-    platform::signal_group(group, first);
-    if running_timeout(CANCEL_GRACE, &mut gone).await.is_err() {
-        platform::signal_group(group, Signal::KILL);
-        gone.await;
     }
 }
 

@@ -166,7 +166,12 @@ async fn push(
     let signer = signer(&request)?;
     let encoding = encoding(request.headers());
     let body = read_body(&control, request.into_body(), signer.body, MAX_BODY_BYTES).await?;
-    let received = receive_with(&control, body, upload, encoding).await?;
+    let received = match receive_with(&control, body, upload, encoding).await? {
+        Err(error) if error.is_no_room() => {
+            return Err(no_room(&control, &error).await);
+        }
+        received => received.map_err(|error| refuse_push(&control, &error))?,
+    };
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::Push {
         id,
@@ -186,7 +191,7 @@ async fn receive_with(
     body: Bytes,
     upload: Option<Digest>,
     encoding: String,
-) -> Result<Received, No> {
+) -> Result<Result<Received, ReceiveError>, No> {
     let (shared, uploads) = (Arc::clone(&control.shared), Arc::clone(&control.uploads));
     let received = blocking(move || {
         let upload: Box<dyn Read> = match upload {
@@ -200,9 +205,7 @@ async fn receive_with(
         let (base, body) = (shared.manifest(), (&body[..]).chain(upload));
         Ok(receive(&shared.layout, &base, body, &encoding))
     });
-    received
-        .await??
-        .map_err(|error| refuse_push(control, &error))
+    received.await?
 }
 
 /// Does what reads and writes files where it holds nobody up.
@@ -230,6 +233,20 @@ async fn part(
     let stored = blocking(move || uploads.store(upload, part, &body)).await?;
     stored.map_err(|error| refuse_part(&error))?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The refusal of a push that found the disk full, after room was made for the next one.
+async fn no_room(control: &Control, error: &ReceiveError) -> No {
+    let (answer, answered) = oneshot::channel();
+    let request = deploy::Request::MakeRoom { answer };
+    let hint = ask(control, request, answered).await.ok().flatten();
+    let folder = control.shared.layout.staging();
+    let mut refusal = no(
+        StatusCode::INSUFFICIENT_STORAGE,
+        format!("{error} (in `{}`)", folder.display()),
+    );
+    refusal.1.hint = hint;
+    refusal
 }
 
 /// Hands an exchange to the deployer and answers with its events.

@@ -13,6 +13,10 @@ use std::{
 use listeners::{Protocol, SocketState};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 
+use crate::child::Leftovers;
+#[cfg(target_os = "linux")]
+use crate::child::Registered;
+
 /// How often what is left is killed: about two seconds, in which the kernel is done with anything it can end.
 const KILL_ROUNDS: u32 = 500;
 /// Pause between these rounds.
@@ -99,6 +103,14 @@ pub(crate) fn signal_group(group: u32, signal: Signal) {
     }
 }
 
+/// Sends a signal to one process.
+pub(crate) fn signal(process: u32, signal: Signal) {
+    if let Some(pid) = pid(process) {
+        // It may have ended by now.
+        let _ = kill_process(pid, signal).is_ok();
+    }
+}
+
 /// A process that may have left its group, and when it started: numbers are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Descendant {
@@ -107,12 +119,16 @@ pub(crate) struct Descendant {
 }
 
 impl Descendant {
-    /// Ends it, if it is still the same process.
-    pub(crate) fn kill(self) {
-        let same = process(self.process).is_some_and(|now| now.started == self.started);
+    /// Sends it a signal, if it is still the same process.
+    pub(crate) fn send(self, signal: Signal) {
+        let same = identity(self.process) == Some(self.started);
         if let (true, Some(pid)) = (same, pid(self.process)) {
-            // It may have ended by now.
-            let _ = kill_process(pid, Signal::KILL).is_ok();
+            // It may have ended by now. Where descendants cannot be listed, only leaders of groups are known.
+            let _ = if cfg!(target_os = "linux") {
+                kill_process(pid, signal).is_ok()
+            } else {
+                kill_process_group(pid, signal).is_ok()
+            };
         }
     }
 
@@ -135,30 +151,20 @@ struct Process {
     dead: bool,
 }
 
-/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment names
-/// the group's private port, and all descendants of these.
+/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment holds
+/// `mark`, and all descendants of these.
 #[cfg(target_os = "linux")]
-pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(group: u32, mark: Option<&[u8]>) -> Vec<Descendant> {
     let processes = processes();
     let adopters = line_of_parents(&processes);
     let is_root = |number: u32, process: &Process| {
         process.group == group
             || number == group
-            || adopters.contains(&process.parent) && names_port(number, port)
+            || adopters.contains(&process.parent)
+                && mark.is_some_and(|mark| has_in_environment(number, mark))
     };
-    let roots: HashSet<u32> = processes
-        .iter()
-        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
-        .map(|(number, _)| *number)
-        .collect();
-    processes
-        .iter()
-        .filter(|(number, process)| !process.dead && descends(&processes, **number, &roots))
-        .map(|(number, process)| Descendant {
-            process: *number,
-            started: process.started,
-        })
-        .collect()
+    let roots = roots(&processes, &adopters, is_root);
+    found(&processes, &roots)
 }
 
 /// The agent and everything above it: orphans below the agent are adopted by one of these.
@@ -176,24 +182,50 @@ fn line_of_parents(processes: &HashMap<u32, Process>) -> HashSet<u32> {
 }
 
 #[cfg(target_os = "linux")]
-fn names_port(process: u32, port: u16) -> bool {
-    let wanted = format!("PORT={port}");
+fn has_in_environment(process: u32, mark: &[u8]) -> bool {
     std::fs::read(format!("/proc/{process}/environ")).is_ok_and(|environment| {
         environment
             .split(|byte| *byte == 0)
-            .any(|variable| variable == wanted.as_bytes())
+            .any(|line| line == mark)
     })
 }
 
+/// Processes that are meant, the agent and what is above it never among them.
+#[cfg(target_os = "linux")]
+fn roots(
+    processes: &HashMap<u32, Process>,
+    adopters: &HashSet<u32>,
+    is_root: impl Fn(u32, &Process) -> bool,
+) -> HashSet<u32> {
+    processes
+        .iter()
+        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
+        .map(|(number, _)| *number)
+        .collect()
+}
+
+/// What is alive of `roots` and their descendants.
+#[cfg(target_os = "linux")]
+fn found(processes: &HashMap<u32, Process>, roots: &HashSet<u32>) -> Vec<Descendant> {
+    processes
+        .iter()
+        .filter(|(number, process)| !process.dead && descends(processes, **number, roots))
+        .map(|(number, process)| Descendant {
+            process: *number,
+            started: process.started,
+        })
+        .collect()
+}
+
 /// Kills everything that started in `group` until nothing is left, which may have been about to start more.
-pub(crate) fn kill_descendants(group: u32, port: u16) {
+pub(crate) fn kill_descendants(group: u32, mark: Option<&[u8]>) {
     for _ in 0..KILL_ROUNDS {
-        let left = descendants(group, port);
+        let left = descendants(group, mark);
         if left.is_empty() {
             return;
         }
         for descendant in left {
-            descendant.kill();
+            descendant.send(Signal::KILL);
         }
         std::thread::sleep(KILL_PAUSE);
     }
@@ -201,8 +233,76 @@ pub(crate) fn kill_descendants(group: u32, port: u16) {
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn descendants(_group: u32, _port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(_group: u32, _mark: Option<&[u8]>) -> Vec<Descendant> {
     Vec::new()
+}
+
+/// What is left of the processes that an earlier agent registered, and of what they started.
+///
+/// A number alone proves nothing, as it is used again. The leader of a group is known by its start time. Where it has ended,
+/// its group is known by the mark in its members' environment, and who left the group by that and by having been adopted.
+#[cfg(target_os = "linux")]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let same_boot = left.boot == boot();
+    if left.processes.is_empty() || !same_boot {
+        return Vec::new();
+    }
+    let processes = processes();
+    let adopters = line_of_parents(&processes);
+    let leader_lives = |number: u32, started: u64| {
+        let now = processes.get(&number);
+        now.is_some_and(|now| now.started == started && !now.dead)
+    };
+    let is_left = |number: u32, process: &Process, registered: &Registered| {
+        let has_mark = || {
+            let mark = registered.mark.as_deref();
+            mark.is_some_and(|mark| has_in_environment(number, mark))
+        };
+        match registered.process {
+            Some((leader, started)) if leader_lives(leader, started) && process.group == leader => {
+                true
+            }
+            Some((leader, _)) if process.group == leader => has_mark(),
+            _ => adopters.contains(&process.parent) && has_mark(),
+        }
+    };
+    let roots = roots(&processes, &adopters, |number, process| {
+        let mut registered = left.processes.iter();
+        process.started >= left.since
+            && registered.any(|registered| is_left(number, process, registered))
+    });
+    found(&processes, &roots)
+}
+
+/// The groups' leaders: what left a group cannot be found here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let leaders = left.processes.iter().filter_map(|left| left.process);
+    leaders
+        .map(|(process, started)| Descendant { process, started })
+        .filter(|leader| identity(leader.process) == Some(leader.started))
+        .collect()
+}
+
+/// What tells a process from every other one that ever had its number: its start time.
+#[cfg(target_os = "linux")]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    Some(process(number)?.started)
+}
+
+/// What tells a process from every other one that ever had its number: its start time, as `ps` tells it.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    use sha2::{Digest as _, Sha256};
+    let started = crate::child::ask("/bin/ps", &["-o", "lstart=", "-p", &number.to_string()])?;
+    let digest: [u8; 32] = Sha256::digest(started).into();
+    let (first, _) = digest.split_first_chunk()?;
+    Some(u64::from_be_bytes(*first))
+}
+
+/// The machine's boot; nothing where it cannot be told.
+pub(crate) fn boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Whether a process of the group still runs; one that ended and waits for its parent does not count.

@@ -13,6 +13,7 @@ use rrun_protocol::{
 
 use crate::{
     layout::Layout,
+    room,
     tree::{Staged, Tree},
 };
 
@@ -71,6 +72,16 @@ impl ReceiveError {
             self,
             Self::Store(_) | Self::Archive(ArchiveError::Store { .. })
         )
+    }
+
+    /// Whether the agent's disk is full.
+    pub(crate) fn is_no_room(&self) -> bool {
+        match self {
+            Self::Store(source) | Self::Archive(ArchiveError::Store { source, .. }) => {
+                room::is_full(source)
+            }
+            _ => false,
+        }
     }
 }
 

@@ -62,6 +62,9 @@ const ALWAYS: [(&str, &str); 6] = [
     ("RUSTUP_AUTO_INSTALL", "0"),
 ];
 
+/// Names cargo's target directory, and so whose build a process belongs to.
+const TARGET_DIRECTORY: &str = "CARGO_TARGET_DIR";
+
 /// A call of cargo or rustc.
 #[derive(Clone, Debug)]
 pub(crate) struct Command {
@@ -93,6 +96,7 @@ impl Command {
             arguments: self.arguments.clone(),
             directory: &self.folder,
             environment: self.environment.clone(),
+            known_by: TARGET_DIRECTORY,
         };
         child::start(&spec).await
     }
@@ -188,7 +192,7 @@ fn folder(layout: &Layout, directory: Option<&TreePath>) -> PathBuf {
 fn cargo(layout: &Layout, plan: &BuildPlan) -> Command {
     let folder = folder(layout, plan.directory.as_ref());
     let mut environment = base_environment();
-    environment.push(("CARGO_TARGET_DIR".into(), layout.target().into()));
+    environment.push((TARGET_DIRECTORY.into(), layout.target().into()));
     environment.extend(
         plan.environment
             .iter()

@@ -82,18 +82,18 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
         layout: &layout,
         plan: &plan.build,
         touched: &touched,
-        after_interruption: tree.build_begins()?,
+        after_interruption: tree.build_begins(),
         log: &StandardError,
         cancel: &CancellationToken::new(),
     };
     let built = build.compile(&mut BTreeSet::new()).await;
-    tree.build_ended(true)?;
+    tree.build_ended(true);
     let built = match built {
         Ok(built) => built,
         Err(CompileError::Failed { error, .. }) => bail!("the tree does not compile: {error}"),
         Err(error) => return Err(error.into()),
     };
-    tree.built(build_plan)?;
+    tree.built(build_plan);
     let mut generations = Generations::open(&layout)?;
     let digest = tree.digest();
     let generation =
