@@ -166,7 +166,12 @@ async fn push(
     let signer = signer(&request)?;
     let encoding = encoding(request.headers());
     let body = read_body(&control, request.into_body(), signer.body, MAX_BODY_BYTES).await?;
+    let base = control.shared.manifest();
     let received = match receive_with(&control, body, upload, encoding).await? {
+        // What it starts from went while it was read.
+        Err(error) if error.is_internal() && !Arc::ptr_eq(&base, &control.shared.manifest()) => {
+            return Err(wrong_base(control.shared.status().tree, error.to_string()));
+        }
         Err(error) if error.is_no_room() => {
             return Err(no_room(&control, &error).await);
         }

@@ -47,6 +47,8 @@ pub(crate) struct Tree {
     layout: Layout,
     folder: Dir,
     manifest: Manifest,
+    /// What the tree was before the last push.
+    previous: Manifest,
     digest: TreeDigest,
     stamps: HashMap<TreePath, Stamp>,
     touched: Touched,
@@ -134,6 +136,7 @@ impl Tree {
             folder,
             digest: manifest.tree_digest(),
             manifest,
+            previous: Manifest::default(),
             stamps: HashMap::new(),
             touched: layout.load(TOUCHED).unwrap_or_default(),
             last_build: layout.load(LAST_BUILD).unwrap_or_default(),
@@ -472,14 +475,16 @@ impl Tree {
         self.digest = manifest.tree_digest();
         self.stamps
             .retain(|path, _| manifest.get(path.as_str()).is_some());
-        self.manifest = manifest;
+        self.previous = std::mem::replace(&mut self.manifest, manifest);
         self.drop_unused_contents()
     }
 
+    /// Keeps what the tree before this one needs too: another push that starts from it may be read at this moment.
     fn drop_unused_contents(&self) -> anyhow::Result<()> {
         let used: HashSet<String> = self
             .manifest
             .iter()
+            .chain(self.previous.iter())
             .map(|(_, entry)| entry.digest.to_string())
             .collect();
         for item in fs::read_dir(self.layout.contents())? {
