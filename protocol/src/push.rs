@@ -10,7 +10,7 @@
 
 use std::{
     collections::HashSet,
-    io::{self, BufRead, Read, Write as _},
+    io::{self, Read, Write as _},
 };
 
 use serde::{Deserialize, Serialize};
@@ -56,8 +56,11 @@ pub enum PushError {
     /// Not of the form that `rrun` sends.
     #[error("the body is not a push")]
     Malformed,
+    /// Bytes behind the compressed files.
+    #[error("the push goes on for {0} bytes behind its files")]
+    Trailing(usize),
     /// Positions that are not rising, named twice or beyond the base's files.
-    #[error("the push names a position that its base does not have: {0}")]
+    #[error("the push names a position twice, out of order or beyond its base's files: {0}")]
     Position(u32),
     /// A file in the archive replaces one that the preamble does not name as changed.
     #[error("refused `{0}`: the push does not name it as changed")]
@@ -206,10 +209,29 @@ pub fn compress(archive: &[u8], prefix: &[u8], level: i32) -> io::Result<Vec<u8>
 }
 
 /// Reads what [`compress`] made with the same `prefix`. Memory is bounded whatever `payload` claims.
-pub fn decompress<'p>(payload: impl BufRead + 'p, prefix: &'p [u8]) -> io::Result<impl Read + 'p> {
+pub fn decompress<'p>(payload: &'p [u8], prefix: &'p [u8]) -> io::Result<Unpacked<'p>> {
     let mut decoder = zstd::Decoder::with_ref_prefix(payload, prefix)?.single_frame();
     decoder.window_log_max(MAX_WINDOW_LOG)?;
-    Ok(decoder)
+    Ok(Unpacked(decoder))
+}
+
+/// The archive in a payload, as it unpacks.
+pub struct Unpacked<'p>(zstd::Decoder<'p, &'p [u8]>);
+
+impl Unpacked<'_> {
+    /// Called once all is read: a payload is one frame and nothing else.
+    pub fn finish(self) -> Result<(), PushError> {
+        match self.0.finish().len() {
+            0 => Ok(()),
+            bytes => Err(PushError::Trailing(bytes)),
+        }
+    }
+}
+
+impl Read for Unpacked<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
 }
 
 #[cfg(test)]
