@@ -21,20 +21,22 @@ use rrun_protocol::{
     Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId, Refusal, Status, TreeDigest,
 };
 use serde::Deserialize;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     authorize::{Gate, Signer},
     clock::running_timeout,
     deploy,
-    receive::{ReceiveError, receive},
+    receive::{ReceiveError, Received, receive},
     record::{Item, Record},
     shared::{Events, Shared},
 };
 
 /// Bodies that are read at once: each may take [`MAX_BODY_BYTES`] of memory, and one developer sends one at a time.
 const MAX_BODIES: usize = 4;
+/// Pushes that are taken apart at once: each may take a compression prefix twice and the decoder's window of memory.
+const MAX_TAKEN_APART: usize = 1;
 /// How long a body may take altogether: 31 MiB at 0.5 Mbit/s, the slowest uplink that this is for.
 const BODY_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// How long a body may pause.
@@ -47,6 +49,7 @@ struct Control {
     shared: Arc<Shared>,
     deployer: mpsc::Sender<deploy::Request>,
     bodies: Arc<Semaphore>,
+    taking_apart: Arc<Semaphore>,
     end_agent: CancellationToken,
 }
 
@@ -62,6 +65,7 @@ pub(crate) fn routes(
         shared,
         deployer,
         bodies: Arc::new(Semaphore::new(MAX_BODIES)),
+        taking_apart: Arc::new(Semaphore::new(MAX_TAKEN_APART)),
         end_agent,
     };
     Router::new()
@@ -142,16 +146,7 @@ async fn push(
     let signer = signer(&request)?;
     let encoding = encoding(request.headers());
     let body = read_body(&control, request.into_body(), signer.body).await?;
-    let received = {
-        let (shared, manifest) = (Arc::clone(&control.shared), control.shared.manifest());
-        let result = tokio::task::spawn_blocking(move || {
-            receive(&shared.layout, &manifest, &body, &encoding)
-        })
-        .await;
-        let result =
-            result.map_err(|error| no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-        result.map_err(|error| refuse_push(&control, &error))?
-    };
+    let received = take_apart(&control, body, encoding).await?;
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::Push {
         id,
@@ -160,6 +155,26 @@ async fn push(
         answer,
     };
     follow(&control, request, answered).await
+}
+
+/// A body in memory, which counts against [`MAX_BODIES`] for as long as it is there.
+struct WholeBody {
+    bytes: Vec<u8>,
+    _place: OwnedSemaphorePermit,
+}
+
+/// Takes a push apart beside everything else. It goes on if the client leaves, so what bounds it goes with it.
+async fn take_apart(control: &Control, body: WholeBody, encoding: String) -> Result<Received, No> {
+    let turn = Arc::clone(&control.taking_apart).acquire_owned().await;
+    let shared = Arc::clone(&control.shared);
+    let working = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        receive(&shared.layout, &shared.manifest(), &body.bytes, &encoding)
+    });
+    match working.await {
+        Ok(received) => received.map_err(|error| refuse_push(control, &error)),
+        Err(error) => Err(no(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
 }
 
 /// Hands an exchange to the deployer and answers with its events.
@@ -203,14 +218,15 @@ fn refuse_push(control: &Control, error: &ReceiveError) -> No {
 }
 
 /// Reads a whole body within bounds and checks that it is the signed one.
-async fn read_body(control: &Control, mut body: Body, expected: Digest) -> Result<Bytes, No> {
+async fn read_body(control: &Control, mut body: Body, expected: Digest) -> Result<WholeBody, No> {
     let busy = || {
         no(
             StatusCode::SERVICE_UNAVAILABLE,
             "the agent is receiving other pushes; try again",
         )
     };
-    let _permit = control.bodies.try_acquire().map_err(|_| busy())?;
+    let place = Arc::clone(&control.bodies).try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
     let reading = async {
         let mut bytes = Vec::new();
         loop {
@@ -247,7 +263,10 @@ async fn read_body(control: &Control, mut body: Body, expected: Digest) -> Resul
             "the body is not the one that was signed",
         ));
     }
-    Ok(bytes.into())
+    Ok(WholeBody {
+        bytes,
+        _place: place,
+    })
 }
 
 #[derive(Deserialize)]

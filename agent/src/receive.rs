@@ -7,17 +7,14 @@ use std::io::{self, Read};
 
 use flate2::read::GzDecoder;
 use rrun_protocol::{
-    ArchiveError, ArchiveRules, Entry, Kind, MAX_TREE_BYTES, Manifest, ManifestError, Preamble,
-    PushError, TreeDigest, TreePath, decompress, read_tar, write_tar,
+    ArchiveError, ArchiveRules, Entry, Manifest, ManifestError, Preamble, PushError, TreeDigest,
+    TreePath, WrongPlan, decompress, read_tar, write_tar,
 };
 
 use crate::{
     layout::Layout,
     tree::{Staged, Tree},
 };
-
-/// Room for tar's own headers in a stream that unpacks to the largest tree.
-const MAX_STREAM_BYTES: u64 = 2 * MAX_TREE_BYTES;
 
 /// First bytes of a gzip stream, as in a `tar.gz` that is sent as it is.
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
@@ -56,6 +53,12 @@ pub(crate) enum ReceiveError {
     /// Files that cannot be one tree.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// An archive without a file, as of a command that failed: taken as a tree, it would delete everything.
+    #[error("the archive holds no file")]
+    NoFile,
+    /// A plan that would build or run something else than it names.
+    #[error(transparent)]
+    Plan(#[from] WrongPlan),
     /// A content encoding other than gzip.
     #[error("content encoding `{0}` is not known")]
     Encoding(String),
@@ -97,6 +100,7 @@ fn receive_push(
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
     let (preamble, payload) = Preamble::from_body(body)?;
+    preamble.plan.check()?;
     // A push against the empty tree brings everything, so it fits on whatever lies here.
     let nothing = Manifest::default();
     let base = if preamble.base == nothing.tree_digest() {
@@ -118,12 +122,16 @@ fn receive_push(
     };
     let mut entries = Vec::new();
     if !payload.is_empty() {
-        let archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
-        entries = unpack(archive, ArchiveRules::Push, &staged)?;
+        let mut archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
+        entries = unpack(&mut archive, ArchiveRules::Push, &staged)?;
+        archive.finish()?;
     }
     let (changed, deleted) = (entries.len(), replaced.deleted.len());
     let target = preamble.resulting_tree(base, entries)?;
     check_links(layout, &target, &staged)?;
+    if !preamble.no_build {
+        preamble.plan.check_folder(&target)?;
+    }
     Ok(Received {
         preamble: Some(preamble),
         target,
@@ -139,6 +147,9 @@ fn receive_whole_tree(
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
     let target = Manifest::new(unpack(archive, ArchiveRules::WholeTree, &staged)?)?;
+    if target.is_empty() {
+        return Err(ReceiveError::NoFile);
+    }
     target.check_links(|_, entry| link_target(staged.read(&entry.digest)))?;
     let changed = target
         .iter()
@@ -180,14 +191,10 @@ fn unpack(
     staged: &Staged,
 ) -> Result<Vec<(TreePath, Entry)>, ArchiveError> {
     let mut entries = Vec::new();
-    read_tar(
-        archive.take(MAX_STREAM_BYTES),
-        rules,
-        |path: &TreePath, kind: Kind, content| {
-            entries.push((path.clone(), staged.store(kind, content)?));
-            Ok(())
-        },
-    )?;
+    read_tar(archive, rules, |path, kind, content| {
+        entries.push((path.clone(), staged.store(kind, content)?));
+        Ok(())
+    })?;
     Ok(entries)
 }
 
@@ -208,7 +215,7 @@ fn link_target(content: io::Result<Vec<u8>>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rrun_protocol::{BuildPlan, CheckoutId, Plan, RunPlan, compress};
+    use rrun_protocol::{BuildPlan, CheckoutId, Kind, Plan, RunPlan, compress};
 
     struct Bench {
         _folder: tempfile::TempDir,
@@ -257,7 +264,7 @@ mod tests {
             base: base.tree_digest(),
             target,
             with_prefix: true,
-            no_build: false,
+            no_build: true,
             changed: changed.to_vec(),
             deleted: deleted.to_vec(),
             plan: Plan {

@@ -284,13 +284,9 @@ fn strange_entry(random: &mut Random, archive: &mut Vec<u8>, entry_type: u8, bod
     let target = link_target(random);
     let length = target.len().min(100);
     header[157..157 + length].copy_from_slice(&target[..length]);
-    header[257..265].copy_from_slice(*random.one::<&[u8]>(&[
-        b"ustar  \0",
-        b"ustar\x0000",
-        &[0; 8],
-    ]));
+    header[257..265].copy_from_slice(random.one::<&[u8]>(&[b"ustar  \0", b"ustar\x0000", &[0; 8]]));
     if random.once_in(8) {
-        header[345..350].copy_from_slice(*random.one::<&[u8]>(&[b"src/\0", b"../x\0", b"/etc\0"]));
+        header[345..350].copy_from_slice(random.one::<&[u8]>(&[b"src/\0", b"../x\0", b"/etc\0"]));
     }
     seal(&mut header);
     archive.extend(header);
