@@ -666,6 +666,31 @@ mod tests {
     }
 
     #[test]
+    fn more_files_than_a_tree_holds_are_refused_at_the_first_one_too_many() {
+        let paths: Vec<TreePath> = (0..=MAX_TREE_FILES)
+            .map(|number| path(&format!("{number:06}")))
+            .collect();
+        let archive = write_tar(paths.iter().map(|path| Content {
+            path,
+            kind: Kind::File,
+            bytes: b"",
+        }));
+        for rules in [ArchiveRules::Push, ArchiveRules::WholeTree] {
+            let mut stored = 0;
+            let error = read_tar(archive.as_slice(), rules, |_, _, _| {
+                stored += 1;
+                Ok(())
+            });
+            let error = error.unwrap_err().to_string();
+            assert!(
+                error.contains("`200000`: more than 200000 files"),
+                "{error}"
+            );
+            assert_eq!(stored, MAX_TREE_FILES);
+        }
+    }
+
+    #[test]
     fn names_alone_cannot_fill_the_memory() {
         /// Endless files with the longest of paths.
         struct Files {

@@ -10,6 +10,9 @@
 
 mod control;
 mod harness;
+mod hostile;
+mod keys;
 mod laptop;
+mod names;
 mod push;
 mod swap;
