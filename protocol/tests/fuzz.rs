@@ -89,9 +89,12 @@ fn run(name: &str, mut try_one: impl FnMut(&mut Random) -> bool) {
         // Each input has a seed of its own, so that one can be repeated without those before it.
         let mut random = Random(seed.wrapping_mul(0x1_0000_0001).wrapping_add(inputs));
         let before = Instant::now();
-        let failed = name_if_it_panics(name, seed, inputs);
+        let _named = OnPanic {
+            name,
+            seed,
+            input: inputs,
+        };
         accepted += u64::from(try_one(&mut random));
-        std::mem::forget(failed);
         assert!(
             before.elapsed() < PATIENCE,
             "{name}: input {inputs} of seed {seed} took long"
@@ -105,16 +108,19 @@ fn run(name: &str, mut try_one: impl FnMut(&mut Random) -> bool) {
 }
 
 /// Names the input if it panics.
-struct OnPanic(String);
-
-impl Drop for OnPanic {
-    fn drop(&mut self) {
-        println!("{}", self.0);
-    }
+struct OnPanic<'n> {
+    name: &'n str,
+    seed: u64,
+    input: u64,
 }
 
-fn name_if_it_panics(name: &str, seed: u64, input: u64) -> OnPanic {
-    OnPanic(format!("{name}: failed at input {input} of seed {seed}"))
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        let Self { name, seed, input } = self;
+        if std::thread::panicking() {
+            println!("{name}: failed at input {input} of seed {seed}");
+        }
+    }
 }
 
 /// The most memory that this process ever had; 0 where the system does not tell.
