@@ -262,28 +262,31 @@ fn neither_build_script_nor_app_nor_disk_holds_anything_to_sign_with() {
 /// Stands between laptop and agent and keeps what the laptop sends.
 struct Listener {
     port: u16,
-    sent: Arc<Mutex<Vec<Arc<Mutex<Vec<u8>>>>>>,
+    connections: Arc<Mutex<Vec<Sent>>>,
 }
+
+/// What the laptop sent over one connection.
+type Sent = Arc<Mutex<Vec<u8>>>;
 
 impl Listener {
     fn before(agent: &Agent) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let sent = Arc::<Mutex<Vec<Arc<Mutex<Vec<u8>>>>>>::default();
-        let (agent, kept) = (agent.port, Arc::clone(&sent));
+        let connections = Arc::<Mutex<Vec<Sent>>>::default();
+        let (agent, kept) = (agent.port, Arc::clone(&connections));
         std::thread::spawn(move || {
             for up in listener.incoming().flatten() {
                 let Ok(down) = TcpStream::connect(("127.0.0.1", agent)) else {
                     continue;
                 };
-                let own = Arc::<Mutex<Vec<u8>>>::default();
+                let own = Sent::default();
                 kept.lock().unwrap().push(Arc::clone(&own));
                 let (from, to) = (up.try_clone().unwrap(), down.try_clone().unwrap());
                 std::thread::spawn(move || pass_on(from, to, Some(&own)));
                 std::thread::spawn(move || pass_on(down, up, None));
             }
         });
-        Self { port, sent }
+        Self { port, connections }
     }
 
     fn url(&self) -> String {
@@ -294,7 +297,7 @@ impl Listener {
     fn headers(&self) -> Vec<String> {
         let mark = format!("{SIGNATURE_HEADER}: ");
         let mut found = Vec::new();
-        for sent in self.sent.lock().unwrap().iter() {
+        for sent in self.connections.lock().unwrap().iter() {
             let sent = String::from_utf8_lossy(&sent.lock().unwrap()).into_owned();
             let lines = sent.split("\r\n");
             found.extend(lines.filter_map(|line| line.strip_prefix(&mark).map(str::to_owned)));
