@@ -28,7 +28,7 @@ use rrun_protocol::{
     Refusal, Status, TreeDigest, UPLOAD_PART_BYTES,
 };
 use serde::Deserialize;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -43,6 +43,8 @@ use crate::{
 
 /// Bodies that are read at once: each may take [`MAX_BODY_BYTES`] of memory, and one developer sends one at a time.
 const MAX_BODIES: usize = 4;
+/// Pushes that are taken apart at once: each may take a compression prefix twice and the decoder's window of memory.
+const MAX_TAKEN_APART: usize = 1;
 /// How long a body may take altogether: 31 MiB at 0.5 Mbit/s, the slowest uplink that this is for.
 const BODY_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// How long a body may pause.
@@ -56,6 +58,7 @@ struct Control {
     deployer: mpsc::Sender<deploy::Request>,
     uploads: Arc<Uploads>,
     bodies: Arc<Semaphore>,
+    taking_apart: Arc<Semaphore>,
     end_agent: CancellationToken,
 }
 
@@ -73,6 +76,7 @@ pub(crate) fn routes(
         deployer,
         uploads,
         bodies: Arc::new(Semaphore::new(MAX_BODIES)),
+        taking_apart: Arc::new(Semaphore::new(MAX_TAKEN_APART)),
         end_agent,
     };
     Router::new()
@@ -190,15 +194,18 @@ async fn push(
     Ok(answer)
 }
 
-/// Takes a push apart that consists of `body` and of `upload`, if there is one.
+/// Takes a push apart that consists of `body` and of `upload`, if there is one. That goes on if the client leaves, so what
+/// bounds it goes with it.
 async fn receive_with(
     control: &Control,
-    body: Bytes,
+    body: WholeBody,
     upload: Option<Digest>,
     encoding: String,
 ) -> Result<Result<Received, ReceiveError>, No> {
     let (shared, uploads) = (Arc::clone(&control.shared), Arc::clone(&control.uploads));
+    let turn = Arc::clone(&control.taking_apart).acquire_owned().await;
     let received = blocking(move || {
+        let _turn = turn;
         let upload: Box<dyn Read> = match upload {
             Some(upload) => Box::new(
                 uploads
@@ -207,7 +214,7 @@ async fn receive_with(
             ),
             None => Box::new(io::empty()),
         };
-        let (base, body) = (shared.manifest(), (&body[..]).chain(upload));
+        let (base, body) = (shared.manifest(), body.bytes.chain(upload));
         Ok(receive(&shared.layout, &base, body, &encoding))
     });
     received.await?
@@ -235,7 +242,7 @@ async fn part(
     let expected = signer(&request)?.body;
     let body = read_body(&control, request.into_body(), expected, UPLOAD_PART_BYTES).await?;
     let uploads = Arc::clone(&control.uploads);
-    let stored = blocking(move || uploads.store(upload, part, &body)).await?;
+    let stored = blocking(move || uploads.store(upload, part, &body.bytes)).await?;
     stored.map_err(|error| refuse_part(&error))?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -252,6 +259,12 @@ async fn no_room(control: &Control, error: &ReceiveError) -> No {
     );
     refusal.1.hint = hint;
     refusal
+}
+
+/// A body in memory, which counts against [`MAX_BODIES`] for as long as it is there.
+struct WholeBody {
+    bytes: Vec<u8>,
+    _place: OwnedSemaphorePermit,
 }
 
 /// Hands an exchange to the deployer and answers with its events.
@@ -317,7 +330,7 @@ async fn read_body(
     mut body: Body,
     expected: Digest,
     limit: u64,
-) -> Result<Bytes, No> {
+) -> Result<WholeBody, No> {
     let too_large = || {
         let limit = limit >> 20;
         no(
@@ -334,7 +347,8 @@ async fn read_body(
             "the agent is receiving other pushes; try again",
         )
     };
-    let _permit = control.bodies.try_acquire().map_err(|_| busy())?;
+    let place = Arc::clone(&control.bodies).try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
     let reading = async {
         let mut bytes = Vec::new();
         loop {
@@ -367,7 +381,10 @@ async fn read_body(
             "the body is not the one that was signed",
         ));
     }
-    Ok(bytes.into())
+    Ok(WholeBody {
+        bytes,
+        _place: place,
+    })
 }
 
 #[derive(Deserialize)]

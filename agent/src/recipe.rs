@@ -150,14 +150,18 @@ fn base_environment() -> Vec<(OsString, OsString)> {
 pub(crate) fn build(layout: &Layout, plan: &BuildPlan) -> Command {
     let mut command =
         cargo(layout, plan).arguments(["build", "--message-format=json-diagnostic-rendered-ansi"]);
-    command = command.arguments(["--package", &plan.package, "--bin", &plan.bin]);
+    // In one word with its option, no value can be taken for an option of its own.
+    command = command.arguments([
+        format!("--package={}", plan.package),
+        format!("--bin={}", plan.bin),
+    ]);
     // Dependencies do not change from push to push, and nobody steps through them there.
     command = command.arguments(["--config", "profile.dev.package.\"*\".debug=false"]);
     if plan.profile != "dev" {
-        command = command.arguments(["--profile", &plan.profile]);
+        command = command.arguments([format!("--profile={}", plan.profile)]);
     }
     if !plan.features.is_empty() {
-        command = command.arguments(["--features", &plan.features.join(",")]);
+        command = command.arguments([format!("--features={}", plan.features.join(","))]);
     }
     if plan.no_default_features {
         command = command.arguments(["--no-default-features"]);
@@ -167,7 +171,11 @@ pub(crate) fn build(layout: &Layout, plan: &BuildPlan) -> Command {
 
 /// `cargo clean` for one package of `plan`'s workspace.
 pub(crate) fn clean(layout: &Layout, plan: &BuildPlan, package: &str) -> Command {
-    cargo(layout, plan).arguments(["clean", "--package", package, "--profile", &plan.profile])
+    cargo(layout, plan).arguments([
+        "clean".to_owned(),
+        format!("--package={package}"),
+        format!("--profile={}", plan.profile),
+    ])
 }
 
 /// `cargo metadata` for the cargo workspace in `folder`.

@@ -29,8 +29,8 @@ pub use limits::*;
 pub use manifest::{Entry, Kind, Manifest, ManifestError};
 pub use outcome::{ExitCode, Outcome, Report};
 pub use path::{PathError, TreePath};
-pub use plan::{BuildPlan, Plan, RunPlan, SwapMode};
-pub use push::{Preamble, PushError, Replaced, compress, decompress};
+pub use plan::{BuildPlan, Plan, RunPlan, SwapMode, WrongPlan};
+pub use push::{Preamble, PushError, Replaced, Unpacked, compress, decompress};
 pub use settings::{PlanError, Project, Selection, Settings};
 pub use signature::{
     Authorization, KeyError, PrivateKey, PublicKey, SignatureError, SignedRequest,

@@ -67,6 +67,7 @@ pub(crate) struct Agent {
     child: Child,
     folder: tempfile::TempDir,
     keys: String,
+    environment: &'static [(&'static str, &'static str)],
     pub port: u16,
 }
 
@@ -143,6 +144,11 @@ impl Laptop {
             folder,
             environment,
         }
+    }
+
+    /// Everything that it keeps: settings with the key, cache, state.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     pub(crate) fn key_file(&self) -> PathBuf {
@@ -332,29 +338,51 @@ impl Project {
 impl Agent {
     /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
-        let named = |(number, laptop): (usize, &&Laptop)| {
-            let key = laptop.public_key();
-            let key: Vec<&str> = key.split(' ').take(2).collect();
-            format!("{} person-{number}", key.join(" "))
-        };
-        let keys = laptops
-            .iter()
-            .enumerate()
-            .map(named)
-            .collect::<Vec<_>>()
-            .join("\n");
+        Self::with_environment(laptops, &[])
+    }
+
+    /// The same with more in the agent's environment.
+    pub(crate) fn with_environment(
+        laptops: &[&Laptop],
+        environment: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        let keys = public_keys(laptops);
         let folder = tempfile::tempdir().unwrap();
-        let (child, port) = start(&folder, &keys, 0);
+        let (child, port) = start(&folder, &keys, environment, 0);
         Self {
             child,
             folder,
             keys,
+            environment,
             port,
         }
     }
 
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Its process id.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything that it keeps: workspace, log, announcement.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The person that the agent knows by `laptop`'s key.
+    pub(crate) fn name_of(&self, laptop: &Laptop) -> String {
+        let line = laptop.public_key();
+        let key = line.split(' ').nth(1).unwrap();
+        let line = self.keys.lines().find(|line| line.contains(key)).unwrap();
+        line.splitn(3, ' ').nth(2).unwrap().to_owned()
+    }
+
+    /// From the next start on, takes pushes from `laptops` only.
+    pub(crate) fn authorize(&mut self, laptops: &[&Laptop]) {
+        self.keys = public_keys(laptops);
     }
 
     pub(crate) fn workspace(&self) -> PathBuf {
@@ -366,16 +394,11 @@ impl Agent {
         self.workspace().join("tree").join(path)
     }
 
-    /// Its process id.
-    pub(crate) fn process(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Ends the agent, changes its workspace, and starts it again on the same port.
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
         between(&self.workspace());
-        (self.child, self.port) = start(&self.folder, &self.keys, self.port);
+        (self.child, self.port) = start(&self.folder, &self.keys, self.environment, self.port);
     }
 
     /// Sends SIGTERM and waits for the end.
@@ -459,7 +482,24 @@ impl Drop for Agent {
     }
 }
 
-fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
+/// As they stand in RRUN_AUTHORIZED_KEYS.
+/// The keys of `laptops` by the names `person-0`, `person-1` and so on.
+fn public_keys(laptops: &[&Laptop]) -> String {
+    let named = |(number, laptop): (usize, &&Laptop)| {
+        let key = laptop.public_key();
+        let key: Vec<&str> = key.split(' ').take(2).collect();
+        format!("{} person-{number}", key.join(" "))
+    };
+    let lines: Vec<String> = laptops.iter().enumerate().map(named).collect();
+    lines.join("\n")
+}
+
+fn start(
+    folder: &tempfile::TempDir,
+    keys: &str,
+    environment: &[(&str, &str)],
+    port: u16,
+) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
     let log = fs::OpenOptions::new()
@@ -481,6 +521,7 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
         .arg("--announce")
         .arg(&announcement)
         .env("RRUN_AUTHORIZED_KEYS", keys)
+        .envs(environment.iter().copied())
         .env_remove("CARGO_TARGET_DIR")
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
