@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
-    clock::running_timeout,
+    clock::{running_sleep, running_timeout},
     compile::{Build, BuildLog, CompileError},
     fault::fault_point,
     output::OutputLine,
@@ -46,6 +46,16 @@ const SHOWN_OUTPUT: usize = 50;
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
 /// How much of that work under way may take first: a build's grace, and what killing it takes.
 const WORK_END_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long the app may take to end when it is stopped; less than a client waits for the answer.
+const STOP_LIMIT: Duration = Duration::from_secs(6);
+/// What requests are told after that.
+const STOPPED: &str = "the app was stopped with `rrun stop`; push to start it again";
+
+/// Pause before what served last is started again because it did not start; doubled each time.
+const FIRST_START_PAUSE: Duration = Duration::from_millis(500);
+/// Longest such pause.
+const LONGEST_START_PAUSE: Duration = Duration::from_secs(10);
 
 /// What the control routes ask for.
 pub(crate) enum Request {
@@ -92,6 +102,8 @@ pub(crate) enum Request {
         /// Gets what to do next, if room was made.
         answer: oneshot::Sender<Option<String>>,
     },
+    /// Serve what served last. The deployer asks it of itself.
+    Start,
     /// Stop the app.
     Stop {
         /// Told when it is gone.
@@ -171,6 +183,7 @@ impl Deployer {
             environment,
             hand_over: None,
             toolchain: Toolchain::default(),
+            start_pause: None,
         };
         (
             Self {
@@ -190,14 +203,16 @@ impl Deployer {
             mut newest,
         } = self;
         let shared = Arc::clone(&worker.shared);
-        worker.start_last(&shutdown).await;
+        shared.set_tree(worker.tree.manifest(), worker.tree.digest());
         let mut limit = SHUTDOWN_LIMIT;
-        let mut waiting: Option<Request> = None;
+        let mut waiting = Some(Request::Start);
         while !shutdown.is_cancelled() {
             if waiting.is_none() {
+                let pause = worker.start_pause.unwrap_or_default();
                 let arrived = tokio::select! {
                     arrived = mailbox.recv() => arrived,
                     () = shutdown.cancelled() => None,
+                    () = running_sleep(pause), if worker.start_pause.is_some() => Some(Request::Start),
                 };
                 let Some(arrived) = arrived else { break };
                 waiting = admit(&mut newest, &shared, arrived, false);
@@ -228,12 +243,17 @@ impl Deployer {
                         Some(arrived) = mailbox.recv() => arrived,
                     };
                     if let Request::Cancel { push, answer } = arrived {
-                        let meant =
-                            under_way.is_some() && push.is_none_or(|push| Some(push) == under_way);
-                        if meant {
+                        let is_meant =
+                            |id: Option<PushId>| id.is_some() && (push.is_none() || push == id);
+                        let waits = waiting.take_if(|waiting| is_meant(waiting.push_id()));
+                        let found = is_meant(under_way) || waits.is_some();
+                        if is_meant(under_way) {
                             stop.token.cancel();
                         }
-                        let _ = answer.send(meant);
+                        if let Some(cancelled) = waits {
+                            cancelled.end_unbegun(&shared, Outcome::Cancelled, None);
+                        }
+                        let _ = answer.send(found);
                         continue;
                     }
                     if let Request::MakeRoom { answer } = arrived {
@@ -246,7 +266,7 @@ impl Deployer {
                     stop.give_way_to(arrived.push_id());
                     if let Some(skipped) = waiting.replace(arrived) {
                         let newer = waiting.as_ref().and_then(Request::push_id);
-                        skipped.supersede(&shared, newer);
+                        skipped.end_unbegun(&shared, Outcome::Superseded, newer);
                     }
                 }
             }
@@ -306,7 +326,7 @@ fn admit(
                 answer,
             };
             if newer.is_some() {
-                request.supersede(shared, newer);
+                request.end_unbegun(shared, Outcome::Superseded, newer);
                 return None;
             }
             if is_busy {
@@ -347,12 +367,12 @@ impl Request {
             Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
                 Some(*id)
             }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => None,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => None,
         }
     }
 
-    /// Ends a request that was never begun, because a newer one is there.
-    fn supersede(self, shared: &Shared, newer: Option<PushId>) {
+    /// Ends a request that was never begun.
+    fn end_unbegun(self, shared: &Shared, outcome: Outcome, newer: Option<PushId>) {
         let (id, tree, mut answer): (_, _, Answer) = match self {
             Self::Push {
                 id,
@@ -363,14 +383,14 @@ impl Request {
             Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
                 (id, shared.status().tree, answer.into())
             }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => return,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => return,
         };
         let events = shared.start_push(id);
         events.append(EventKind::Finished(Report {
-            outcome: Outcome::Superseded,
+            outcome,
             tree,
             generation: shared.status().generation,
-            reason: Some("a newer push of this checkout came first".to_owned()),
+            reason: newer.map(|_| "a newer push came first".to_owned()),
             hint: None,
             superseded_by: newer,
             timings_ms: Timings::default(),
@@ -389,6 +409,8 @@ struct Worker {
     environment: Vec<(OsString, OsString)>,
     hand_over: Option<Box<AppSpec>>,
     toolchain: Toolchain,
+    /// How long to wait before what served last is started again, if it did not start.
+    start_pause: Option<Duration>,
 }
 
 /// One exchange under way: where its events go, and what its report will say.
@@ -450,21 +472,22 @@ impl Exchange<'_> {
 
 impl Worker {
     /// Serves what served when the agent ended, or what the image was built with.
-    async fn start_last(&mut self, shutdown: &CancellationToken) {
-        self.shared
-            .set_tree(self.tree.manifest(), self.tree.digest());
+    async fn start_last(&mut self, stop: &Stop) {
         let last = self.generations.serving().cloned();
         let directory = last
             .as_ref()
             .and_then(|last| last.plan.build.directory.clone());
-        if let Some(generation) = last {
+        let pause = self.start_pause.take().unwrap_or(FIRST_START_PAUSE);
+        if let Some(generation) = last.filter(|_| self.service.serving().is_none()) {
             tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
             let spec = self.generations.spec(&generation, &self.environment);
-            if let Err(error) = self.service.replace(spec, shutdown).await {
-                tracing::error!("generation {} does not start: {error}", generation.number);
+            if let Err(error) = self.service.replace(spec, &stop.token).await {
+                let why = format!("generation {} does not start: {error}", generation.number);
+                tracing::error!("{why}");
+                self.service.explain(&why);
+                self.start_pause = Some((pause * 2).min(LONGEST_START_PAUSE));
             }
         }
-        self.show();
         let manifest = self.tree.manifest();
         let asked = self
             .toolchain
@@ -477,6 +500,7 @@ impl Worker {
     /// Carries one request to its end.
     async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
+            Request::Start => self.start_last(stop).await,
             Request::Push {
                 id, received, by, ..
             } => self.take_push(id, *received, by, stop).await,
@@ -496,12 +520,12 @@ impl Worker {
                 self.restart(exchange).await;
             }
             Request::Stop { answer } => {
-                self.service
-                    .stop("the app was stopped with `rrun stop`; push to start it again")
-                    .await;
+                self.service.stop(STOPPED, STOP_LIMIT).await;
+                self.start_pause = None;
                 if let Err(error) = self.generations.clear_serving() {
                     tracing::warn!("{error:#}");
                 }
+                self.show();
                 let _ = answer.send(());
             }
             Request::Cancel { answer, .. } => {
@@ -562,12 +586,20 @@ impl Worker {
             Some(preamble) => preamble.plan,
             None => match self.resolve_plan().await {
                 Ok(plan) => plan,
-                Err(error) => return Ok(Ending::because(Outcome::Refused, format!("{error:#}"))),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    let error = anstream::adapter::strip_str(&error);
+                    let reason =
+                        format!("the tree is applied, but says not what to build: {error}");
+                    return Ok(Ending::because(Outcome::BuildFailed, reason));
+                }
             },
         };
         let identity = (self.tree.digest(), plan.digest());
         let serving = self.serving();
-        if serving.is_some_and(|serving| serving.identity() == identity)
+        let hands_over = plan.run.swap == SwapMode::Exec;
+        if !hands_over
+            && serving.is_some_and(|serving| serving.identity() == identity)
             && self.service.status().state == "serving"
         {
             return Ok(Ending::of(Outcome::Unchanged));
@@ -593,16 +625,16 @@ impl Worker {
                 hint: Some(hint),
             });
         }
-        let generation = match self.generations.find(&identity).cloned() {
-            Some(kept) => kept,
+        let (generation, is_new) = match self.generations.find(&identity).cloned() {
+            Some(kept) => (kept, false),
             None => match self.build(exchange, &plan).await? {
-                Ok(generation) => generation,
+                Ok(generation) => (generation, true),
                 Err(ending) => return Ok(ending),
             },
         };
         // Limits and swap mode may differ from those it was built with.
         let generation = Generation { plan, ..generation };
-        self.swap(exchange, &generation).await
+        self.swap(exchange, &generation, is_new).await
     }
 
     fn apply(
@@ -612,7 +644,7 @@ impl Worker {
         staged: &crate::tree::Staged,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let applied = self.tree.apply(target, staged);
+        let applied = tokio::task::block_in_place(|| self.tree.apply(target, staged));
         self.shared
             .set_tree(self.tree.manifest(), self.tree.digest());
         let restored = applied?.restored;
@@ -746,6 +778,7 @@ impl Worker {
         &mut self,
         exchange: &mut Exchange<'_>,
         generation: &Generation,
+        is_new: bool,
     ) -> anyhow::Result<Ending> {
         let spec = self.generations.spec(generation, &self.environment);
         exchange.tell(EventKind::Starting {
@@ -758,7 +791,6 @@ impl Worker {
         } else {
             self.service.replace(spec.clone(), token).await
         };
-        let was_serving = self.serving().map(|serving| serving.number);
         match replaced {
             Ok(Replaced {
                 ready,
@@ -778,7 +810,7 @@ impl Worker {
                 Ok(Ending::of(Outcome::Live))
             }
             Err(error) => {
-                if was_serving != Some(generation.number) {
+                if is_new {
                     self.generations.remove(generation.number)?;
                 }
                 Ok(match error {
@@ -846,7 +878,7 @@ impl Worker {
         let ending = match found.cloned() {
             Some(generation) => {
                 exchange.tree = generation.tree;
-                self.swap(&mut exchange, &generation).await
+                self.swap(&mut exchange, &generation, false).await
             }
             None => Ok(Ending {
                 outcome: Outcome::Refused,
@@ -862,7 +894,7 @@ impl Worker {
         let ending = match self.serving().cloned() {
             Some(generation) => {
                 exchange.tree = generation.tree;
-                self.swap(&mut exchange, &generation).await
+                self.swap(&mut exchange, &generation, false).await
             }
             None => Ok(Ending::because(
                 Outcome::Refused,
@@ -902,7 +934,8 @@ impl Worker {
 
     /// The one place where an exchange ends: its report, its line in the history, its terminal event.
     fn end(&mut self, exchange: Exchange<'_>, ending: Ending) {
-        let generation = self.serving().map(|serving| serving.number);
+        let handed_over = self.hand_over.as_ref().map(|spec| spec.generation);
+        let generation = handed_over.or_else(|| Some(self.serving()?.number));
         let Exchange {
             events,
             id,

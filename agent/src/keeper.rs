@@ -275,7 +275,11 @@ impl Keeping {
     async fn wind_down(&mut self, mut running: Running) -> Option<Running> {
         self.hold(String::from("the app is being replaced"));
         fault_point!("draining");
-        let (requests, streams) = (self.spec.run.drain_limit, self.spec.run.stream_drain_limit);
+        let (requests, streams) = match *self.wishes.borrow() {
+            // Nobody is served meanwhile, so streams get no more time than requests.
+            Wish::Pause => (self.spec.run.drain_limit, self.spec.run.drain_limit),
+            _ => (self.spec.run.drain_limit, self.spec.run.stream_drain_limit),
+        };
         let drained = {
             let upstream = Arc::clone(&running.upstream);
             async move { upstream.drained(requests, streams).await }

@@ -21,6 +21,7 @@ mod compile;
 mod control;
 mod deploy;
 mod fault;
+mod freshness;
 mod headers;
 mod keeper;
 mod layout;

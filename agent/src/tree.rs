@@ -39,7 +39,7 @@ const INTERRUPTED: &str = "interrupted";
 /// every 1 to 10 ms, so two moments within a tick look equal to cargo.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Build plans whose touched files are remembered; beyond it the oldest starts over, which only costs a stricter check.
+/// Build plans whose touched files are remembered. One beyond that is taken for new: what others touched since counts for it.
 const MAX_BUILD_PLANS: usize = 8;
 
 /// The tree, with everything needed to change it safely.

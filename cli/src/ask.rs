@@ -184,6 +184,14 @@ impl Agent {
     /// Asks for a JSON value.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, AskError> {
         let answer = self.ask(Method::GET, path, Bytes::new()).await?;
+        self.read(answer).await
+    }
+
+    /// Reads an answer that is a JSON value.
+    pub(crate) async fn read<T: DeserializeOwned>(
+        &self,
+        answer: Response<Incoming>,
+    ) -> Result<T, AskError> {
         let body = self.collect(answer, MAX_ANSWER_BYTES).await?;
         serde_json::from_slice(&body).map_err(|_| self.no_agent("its answer is not an agent's"))
     }

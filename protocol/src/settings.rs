@@ -138,6 +138,9 @@ pub enum PlanError {
     /// Nothing that could run.
     #[error("no package of this workspace has a binary")]
     NoBinary,
+    /// The package that was asked for cannot run.
+    #[error("package `{0}` has no binary")]
+    NoBinaryIn(String),
     /// No such binary in the package.
     #[error("package `{package}` has no binary `{bin}`")]
     NoSuchBinary {
@@ -432,7 +435,7 @@ fn choose_bin(package: &Package, asked: Option<&String>) -> Result<String, PlanE
     }
     match candidates.as_slice() {
         [bin] => Ok(bin.clone()),
-        [] => Err(PlanError::NoBinary),
+        [] => Err(PlanError::NoBinaryIn(package_name)),
         _ => Err(PlanError::ManyBinaries {
             package: package_name,
             candidates,
