@@ -260,16 +260,18 @@ fn polling_answers_at_once_with_what_is_there() {
 fn a_push_is_told_that_it_arrived_before_the_one_under_way_has_given_way() {
     let (laptop, project, agent) = setting();
     let gated = Gated::new(&project);
-    let gate = gated.gate();
+    let (gate, started) = (gated.gate(), gated.0.path().join("started"));
     project.write(
         "build.rs",
         &format!(
-            "fn main() {{ let script = \"trap '' INT; while ! test -e {}; do sleep 0.01; done\";
+            "fn main() {{ let script = \"trap '' INT; : > {}; while ! test -e {}; do sleep 0.01; done\";
              std::process::Command::new(\"sh\").args([\"-c\", script]).status().unwrap(); }}",
+            started.display(),
             gate.display()
         ),
     );
     let (mut first, rest) = push_until(&laptop, &project, &agent.url(), "log");
+    wait_for("the shell to ignore", || started.exists());
     project.write("build.rs", "fn main() {}");
     let first_push = agent.status(&laptop)["push"].clone();
     let (mut second, rest_of_second) = push_until(&laptop, &project, &agent.url(), "waiting");
