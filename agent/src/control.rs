@@ -24,11 +24,11 @@ use futures_util::{Stream, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 use rrun_protocol::{
-    Arrived, Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId, Refusal, Status,
-    TreeDigest, UPLOAD_PART_BYTES,
+    Arrived, BOOT_HEADER, Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId,
+    Refusal, Status, TreeDigest, UPLOAD_PART_BYTES,
 };
 use serde::Deserialize;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -43,6 +43,8 @@ use crate::{
 
 /// Bodies that are read at once: each may take [`MAX_BODY_BYTES`] of memory, and one developer sends one at a time.
 const MAX_BODIES: usize = 4;
+/// Pushes that are taken apart at once: each may take a compression prefix twice and the decoder's window of memory.
+const MAX_TAKEN_APART: usize = 1;
 /// How long a body may take altogether: 31 MiB at 0.5 Mbit/s, the slowest uplink that this is for.
 const BODY_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// How long a body may pause.
@@ -56,6 +58,7 @@ struct Control {
     deployer: mpsc::Sender<deploy::Request>,
     uploads: Arc<Uploads>,
     bodies: Arc<Semaphore>,
+    taking_apart: Arc<Semaphore>,
     end_agent: CancellationToken,
 }
 
@@ -73,6 +76,7 @@ pub(crate) fn routes(
         deployer,
         uploads,
         bodies: Arc::new(Semaphore::new(MAX_BODIES)),
+        taking_apart: Arc::new(Semaphore::new(MAX_TAKEN_APART)),
         end_agent,
     };
     Router::new()
@@ -118,25 +122,28 @@ fn no(status: StatusCode, error: impl Into<String>) -> No {
     )
 }
 
+/// Lets signed requests through, and marks every answer as the agent's.
 async fn authorize(State(control): State<Control>, mut request: Request, next: Next) -> Response {
     let path_and_query = request
         .uri()
         .path_and_query()
         .map_or("", |path| path.as_str());
-    match control
+    let checked = control
         .gate
-        .check(request.method().as_str(), path_and_query, request.headers())
-    {
+        .check(request.method().as_str(), path_and_query, request.headers());
+    let mut response = match checked {
         Ok(signer) => {
             request.extensions_mut().insert(signer);
-            let mut response = next.run(request).await;
-            response
-                .headers_mut()
-                .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-            response
+            next.run(request).await
         }
         Err((status, refusal)) => No(status, refusal).into_response(),
+    };
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if let Ok(boot) = HeaderValue::from_str(&control.shared.status().boot.to_string()) {
+        headers.insert(BOOT_HEADER, boot);
     }
+    response
 }
 
 async fn not_found() -> No {
@@ -163,7 +170,17 @@ async fn push(
     let signer = signer(&request)?;
     let encoding = encoding(request.headers());
     let body = read_body(&control, request.into_body(), signer.body, MAX_BODY_BYTES).await?;
-    let received = receive_with(&control, body, upload, encoding).await?;
+    let base = control.shared.manifest();
+    let received = match receive_with(&control, body, upload, encoding).await? {
+        // What it starts from went while it was read.
+        Err(error) if error.is_internal() && !Arc::ptr_eq(&base, &control.shared.manifest()) => {
+            return Err(wrong_base(control.shared.status().tree, error.to_string()));
+        }
+        Err(error) if error.is_no_room() => {
+            return Err(no_room(&control, &error).await);
+        }
+        received => received.map_err(|error| refuse_push(&control, &error))?,
+    };
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::Push {
         id,
@@ -177,15 +194,18 @@ async fn push(
     Ok(answer)
 }
 
-/// Takes a push apart that consists of `body` and of `upload`, if there is one.
+/// Takes a push apart that consists of `body` and of `upload`, if there is one. That goes on if the client leaves, so what
+/// bounds it goes with it.
 async fn receive_with(
     control: &Control,
-    body: Bytes,
+    body: WholeBody,
     upload: Option<Digest>,
     encoding: String,
-) -> Result<Received, No> {
+) -> Result<Result<Received, ReceiveError>, No> {
     let (shared, uploads) = (Arc::clone(&control.shared), Arc::clone(&control.uploads));
+    let turn = Arc::clone(&control.taking_apart).acquire_owned().await;
     let received = blocking(move || {
+        let _turn = turn;
         let upload: Box<dyn Read> = match upload {
             Some(upload) => Box::new(
                 uploads
@@ -194,12 +214,10 @@ async fn receive_with(
             ),
             None => Box::new(io::empty()),
         };
-        let (base, body) = (shared.manifest(), (&body[..]).chain(upload));
+        let (base, body) = (shared.manifest(), body.bytes.chain(upload));
         Ok(receive(&shared.layout, &base, body, &encoding))
     });
-    received
-        .await??
-        .map_err(|error| refuse_push(control, &error))
+    received.await?
 }
 
 /// Does what reads and writes files where it holds nobody up.
@@ -224,9 +242,29 @@ async fn part(
     let expected = signer(&request)?.body;
     let body = read_body(&control, request.into_body(), expected, UPLOAD_PART_BYTES).await?;
     let uploads = Arc::clone(&control.uploads);
-    let stored = blocking(move || uploads.store(upload, part, &body)).await?;
+    let stored = blocking(move || uploads.store(upload, part, &body.bytes)).await?;
     stored.map_err(|error| refuse_part(&error))?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// The refusal of a push that found the disk full, after room was made for the next one.
+async fn no_room(control: &Control, error: &ReceiveError) -> No {
+    let (answer, answered) = oneshot::channel();
+    let request = deploy::Request::MakeRoom { answer };
+    let hint = ask(control, request, answered).await.ok().flatten();
+    let folder = control.shared.layout.staging();
+    let mut refusal = no(
+        StatusCode::INSUFFICIENT_STORAGE,
+        format!("{error} (in `{}`)", folder.display()),
+    );
+    refusal.1.hint = hint;
+    refusal
+}
+
+/// A body in memory, which counts against [`MAX_BODIES`] for as long as it is there.
+struct WholeBody {
+    bytes: Vec<u8>,
+    _place: OwnedSemaphorePermit,
 }
 
 /// Hands an exchange to the deployer and answers with its events.
@@ -292,7 +330,7 @@ async fn read_body(
     mut body: Body,
     expected: Digest,
     limit: u64,
-) -> Result<Bytes, No> {
+) -> Result<WholeBody, No> {
     let too_large = || {
         let limit = limit >> 20;
         no(
@@ -309,7 +347,8 @@ async fn read_body(
             "the agent is receiving other pushes; try again",
         )
     };
-    let _permit = control.bodies.try_acquire().map_err(|_| busy())?;
+    let place = Arc::clone(&control.bodies).try_acquire_owned();
+    let place = place.map_err(|_| busy())?;
     let reading = async {
         let mut bytes = Vec::new();
         loop {
@@ -342,7 +381,10 @@ async fn read_body(
             "the body is not the one that was signed",
         ));
     }
-    Ok(bytes.into())
+    Ok(WholeBody {
+        bytes,
+        _place: place,
+    })
 }
 
 #[derive(Deserialize)]

@@ -7,17 +7,15 @@ use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::read::GzDecoder;
 use rrun_protocol::{
-    ArchiveError, ArchiveRules, Entry, Kind, MAX_TREE_BYTES, Manifest, ManifestError, Preamble,
-    PushError, TreeDigest, TreePath, decompress, read_tar, write_tar,
+    ArchiveError, ArchiveRules, Entry, Manifest, ManifestError, Preamble, PushError, TreeDigest,
+    TreePath, WrongPlan, decompress, read_tar, write_tar,
 };
 
 use crate::{
     layout::Layout,
+    room,
     tree::{Staged, Tree},
 };
-
-/// Room for tar's own headers in a stream that unpacks to the largest tree.
-const MAX_STREAM_BYTES: u64 = 2 * MAX_TREE_BYTES;
 
 /// First bytes of a gzip stream, as in a `tar.gz` that is sent as it is.
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
@@ -56,6 +54,12 @@ pub(crate) enum ReceiveError {
     /// Files that cannot be one tree.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// An archive without a file, as of a command that failed: taken as a tree, it would delete everything.
+    #[error("the archive holds no file")]
+    NoFile,
+    /// A plan that would build or run something else than it names.
+    #[error(transparent)]
+    Plan(#[from] WrongPlan),
     /// A content encoding other than gzip.
     #[error("content encoding `{0}` is not known")]
     Encoding(String),
@@ -71,6 +75,16 @@ impl ReceiveError {
             self,
             Self::Store(_) | Self::Archive(ArchiveError::Store { .. })
         )
+    }
+
+    /// Whether the agent's disk is full.
+    pub(crate) fn is_no_room(&self) -> bool {
+        match self {
+            Self::Store(source) | Self::Archive(ArchiveError::Store { source, .. }) => {
+                room::is_full(source)
+            }
+            _ => false,
+        }
     }
 }
 
@@ -107,6 +121,7 @@ fn receive_push(
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
     let (preamble, payload) = Preamble::from_body(start)?;
+    preamble.plan.check()?;
     let mut payload = BufReader::new(payload.chain(rest));
     // A push against the empty tree brings everything, so it fits on whatever lies here.
     let nothing = Manifest::default();
@@ -130,12 +145,16 @@ fn receive_push(
     let mut entries = Vec::new();
     let has_files = !payload.fill_buf().map_err(ReceiveError::Store)?.is_empty();
     if has_files {
-        let archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
-        entries = unpack(archive, ArchiveRules::Push, &staged)?;
+        let mut archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
+        entries = unpack(&mut archive, ArchiveRules::Push, &staged)?;
+        archive.finish()?;
     }
     let (changed, deleted) = (entries.len(), replaced.deleted.len());
     let target = preamble.resulting_tree(base, entries)?;
     check_links(layout, &target, &staged)?;
+    if !preamble.no_build {
+        preamble.plan.check_folder(&target)?;
+    }
     Ok(Received {
         preamble: Some(preamble),
         target,
@@ -151,6 +170,9 @@ fn receive_whole_tree(
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
     let target = Manifest::new(unpack(archive, ArchiveRules::WholeTree, &staged)?)?;
+    if target.is_empty() {
+        return Err(ReceiveError::NoFile);
+    }
     target.check_links(|_, entry| link_target(staged.read(&entry.digest)))?;
     let changed = target
         .iter()
@@ -192,14 +214,10 @@ fn unpack(
     staged: &Staged,
 ) -> Result<Vec<(TreePath, Entry)>, ArchiveError> {
     let mut entries = Vec::new();
-    read_tar(
-        archive.take(MAX_STREAM_BYTES),
-        rules,
-        |path: &TreePath, kind: Kind, content| {
-            entries.push((path.clone(), staged.store(kind, content)?));
-            Ok(())
-        },
-    )?;
+    read_tar(archive, rules, |path, kind, content| {
+        entries.push((path.clone(), staged.store(kind, content)?));
+        Ok(())
+    })?;
     Ok(entries)
 }
 
@@ -220,7 +238,7 @@ fn link_target(content: io::Result<Vec<u8>>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rrun_protocol::{BuildPlan, CheckoutId, Plan, RunPlan, compress};
+    use rrun_protocol::{BuildPlan, CheckoutId, Kind, Plan, RunPlan, compress};
 
     struct Bench {
         _folder: tempfile::TempDir,
@@ -269,7 +287,7 @@ mod tests {
             base: base.tree_digest(),
             target,
             with_prefix: true,
-            no_build: false,
+            no_build: true,
             changed: changed.to_vec(),
             deleted: deleted.to_vec(),
             plan: Plan {

@@ -8,7 +8,7 @@ use std::{cell::Cell, time::Duration};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming};
-use rrun_protocol::{ExitCode, Refusal, SIGNATURE_HEADER, Status};
+use rrun_protocol::{BOOT_HEADER, ExitCode, Refusal, SIGNATURE_HEADER, Status};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -278,7 +278,10 @@ impl Agent {
             false => self.broken(source),
         })?;
         if answer.status().is_success() {
-            Ok(answer)
+            match answer.headers().contains_key(BOOT_HEADER) {
+                true => Ok(answer),
+                false => Err(self.no_agent("an app answers in its place")),
+            }
         } else {
             Err(self.read_refusal(answer).await)
         }

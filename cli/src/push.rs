@@ -97,9 +97,14 @@ async fn push(
             End::Finished(Box::new(summary))
         }
         _ => {
+            let history = if arguments.target.local {
+                "history --local"
+            } else {
+                "history"
+            };
             here.render.hint(format_args!(
                 "the build goes on; {} shows how it ended",
-                here.call.command("history", &place.typed)
+                here.call.command(history, &place.typed)
             ));
             End::Left
         }

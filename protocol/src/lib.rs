@@ -29,8 +29,8 @@ pub use limits::*;
 pub use manifest::{Entry, Kind, Manifest, ManifestError};
 pub use outcome::{ExitCode, Outcome, Report};
 pub use path::{PathError, TreePath};
-pub use plan::{BuildPlan, Plan, RunPlan, SwapMode};
-pub use push::{Preamble, PushError, Replaced, compress, decompress};
+pub use plan::{BuildPlan, Plan, RunPlan, SwapMode, WrongPlan};
+pub use push::{Preamble, PushError, Replaced, Unpacked, compress, decompress};
 pub use settings::{PlanError, Project, Selection, Settings};
 pub use signature::{
     Authorization, KeyError, PrivateKey, PublicKey, SignatureError, SignedRequest,
@@ -46,3 +46,6 @@ pub const CONTROL_PREFIX: &str = "/_rrun/";
 
 /// Header that carries a request's [`Authorization`]. `Authorization` itself stays free for the app.
 pub const SIGNATURE_HEADER: &str = "rrun-signature";
+
+/// Header of every answer under [`CONTROL_PREFIX`], with the agent's [`BootId`]: an app that answers there has none.
+pub const BOOT_HEADER: &str = "rrun-boot";

@@ -8,6 +8,9 @@ pub const MAX_PATH_BYTES: usize = 1024;
 pub const MAX_PATH_COMPONENT_BYTES: usize = 255;
 /// Most files in a tree. The largest public Rust workspaces have some 60 000.
 pub const MAX_TREE_FILES: usize = 200_000;
+/// Largest sum of the lengths of a tree's paths: 80 bytes for each of the most files. Names are kept in memory, and without
+/// this bound the longest of them would take 200 MB.
+pub const MAX_TREE_PATH_BYTES: usize = 16 << 20;
 /// Largest single file in a tree: beyond it is data, not source.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Largest sum of a tree's unpacked files: with it, a body that unpacks to more is a bomb or a mistake.
@@ -33,6 +36,10 @@ pub const MAX_PREAMBLE_BYTES: usize = 1 << 20;
 pub const MAX_PREFIX_FILE_BYTES: u64 = 1 << 20;
 /// Largest compression prefix; both sides hold it in memory twice.
 pub const MAX_PREFIX_BYTES: u64 = 64 << 20;
+/// Longest package, binary, profile or feature in a plan: what a file system stores as a name.
+pub const MAX_PLAN_NAME_BYTES: usize = MAX_PATH_COMPONENT_BYTES;
+/// Most assets in a plan: each is compared with every file of the tree.
+pub const MAX_ASSETS: usize = 1000;
 /// Decoder window as a power of two (128 MiB): covers the largest prefix, and no frame can ask for more memory.
 pub const MAX_WINDOW_LOG: u32 = 27;
 /// A body larger than this is preceded by a small request, so that no large one is sent in vain.

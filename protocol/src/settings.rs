@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     path::{PathError, TreePath},
-    plan::{BuildPlan, Plan, RunPlan, SwapMode},
+    plan::{BuildPlan, Plan, RunPlan, SwapMode, WrongPlan},
 };
 
 /// The settings of a project, each as its own documentation says. All may be left out.
@@ -170,6 +170,9 @@ pub enum PlanError {
     /// A folder of the workspace that is not part of the tree.
     #[error("`{0}` does not lie in the tree")]
     OutsideTree(String),
+    /// A value that would mean something else to cargo or the app.
+    #[error(transparent)]
+    Wrong(#[from] WrongPlan),
 }
 
 impl PlanError {
@@ -296,6 +299,7 @@ impl Project {
                 swap: selection.swap.or(settings.swap).unwrap_or_default(),
             },
         };
+        plan.check()?;
         Ok(Self {
             plan,
             settings,

@@ -67,7 +67,48 @@ pub(crate) struct Agent {
     child: Child,
     folder: tempfile::TempDir,
     keys: String,
+    environment: &'static [(&'static str, &'static str)],
     pub port: u16,
+}
+
+/// A push that goes on while the test does something else.
+pub(crate) struct Running {
+    child: Child,
+    lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    seen: String,
+}
+
+impl Running {
+    /// Reads events until one of `kind` comes.
+    pub(crate) fn wait_for(&mut self, kind: &str) -> Value {
+        loop {
+            let line = self.lines.next();
+            let line = line.unwrap_or_else(|| panic!("no {kind}: {}", self.seen));
+            let line = line.unwrap();
+            let event: Value = serde_json::from_str(&line).unwrap();
+            self.seen += &(line + "\n");
+            if event["event"] == kind {
+                return event;
+            }
+        }
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> Ran {
+        for line in self.lines.by_ref() {
+            self.seen += &(line.unwrap() + "\n");
+        }
+        let output = self.child.wait_with_output().unwrap();
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: self.seen,
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
 }
 
 /// What a command of `rrun` did.
@@ -105,6 +146,11 @@ impl Laptop {
         }
     }
 
+    /// Everything that it keeps: settings with the key, cache, state.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     pub(crate) fn key_file(&self) -> PathBuf {
         self.folder.path().join("config/rrun/key.pem")
     }
@@ -133,10 +179,10 @@ impl Laptop {
         {
             command.env_remove(name);
         }
-        command
-            .envs(&self.environment)
-            .env_remove("NO_COLOR")
-            .env_remove("CARGO_TARGET_DIR");
+        for name in ["NO_COLOR", "CARGO_TARGET_DIR"] {
+            command.env_remove(name);
+        }
+        command.envs(&self.environment);
         command
     }
 
@@ -155,6 +201,22 @@ impl Laptop {
         let url = agent.url();
         let arguments = [&["push", "--json", "--url", &url], more].concat();
         self.run(&project.folder, &arguments)
+    }
+
+    /// Starts a push and goes on.
+    pub(crate) fn start_push(&self, project: &Project, agent: &Agent, more: &[&str]) -> Running {
+        let url = agent.url();
+        let arguments = [&["push", "--json", "--url", &url], more].concat();
+        let mut command = self.command(&project.folder, &arguments);
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let lines = std::io::BufRead::lines(std::io::BufReader::new(stdout));
+        Running {
+            child,
+            lines,
+            seen: String::new(),
+        }
     }
 
     /// Pushes and expects that it serves.
@@ -274,25 +336,53 @@ impl Project {
 }
 
 impl Agent {
-    /// An agent that takes pushes from `laptops`.
+    /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
-        let keys = laptops
-            .iter()
-            .map(|laptop| laptop.public_key())
-            .collect::<Vec<_>>()
-            .join("\n");
+        Self::with_environment(laptops, &[])
+    }
+
+    /// The same with more in the agent's environment.
+    pub(crate) fn with_environment(
+        laptops: &[&Laptop],
+        environment: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        let keys = public_keys(laptops);
         let folder = tempfile::tempdir().unwrap();
-        let (child, port) = start(&folder, &keys, 0);
+        let (child, port) = start(&folder, &keys, environment, 0);
         Self {
             child,
             folder,
             keys,
+            environment,
             port,
         }
     }
 
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Its process id.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything that it keeps: workspace, log, announcement.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The person that the agent knows by `laptop`'s key.
+    pub(crate) fn name_of(&self, laptop: &Laptop) -> String {
+        let line = laptop.public_key();
+        let key = line.split(' ').nth(1).unwrap();
+        let line = self.keys.lines().find(|line| line.contains(key)).unwrap();
+        line.splitn(3, ' ').nth(2).unwrap().to_owned()
+    }
+
+    /// From the next start on, takes pushes from `laptops` only.
+    pub(crate) fn authorize(&mut self, laptops: &[&Laptop]) {
+        self.keys = public_keys(laptops);
     }
 
     pub(crate) fn workspace(&self) -> PathBuf {
@@ -308,7 +398,7 @@ impl Agent {
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
         between(&self.workspace());
-        (self.child, self.port) = start(&self.folder, &self.keys, self.port);
+        (self.child, self.port) = start(&self.folder, &self.keys, self.environment, self.port);
     }
 
     /// Sends SIGTERM and waits for the end.
@@ -392,7 +482,24 @@ impl Drop for Agent {
     }
 }
 
-fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
+/// As they stand in RRUN_AUTHORIZED_KEYS.
+/// The keys of `laptops` by the names `person-0`, `person-1` and so on.
+fn public_keys(laptops: &[&Laptop]) -> String {
+    let named = |(number, laptop): (usize, &&Laptop)| {
+        let key = laptop.public_key();
+        let key: Vec<&str> = key.split(' ').take(2).collect();
+        format!("{} person-{number}", key.join(" "))
+    };
+    let lines: Vec<String> = laptops.iter().enumerate().map(named).collect();
+    lines.join("\n")
+}
+
+fn start(
+    folder: &tempfile::TempDir,
+    keys: &str,
+    environment: &[(&str, &str)],
+    port: u16,
+) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
     let log = fs::OpenOptions::new()
@@ -414,6 +521,7 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
         .arg("--announce")
         .arg(&announcement)
         .env("RRUN_AUTHORIZED_KEYS", keys)
+        .envs(environment.iter().copied())
         .env_remove("CARGO_TARGET_DIR")
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
@@ -509,6 +617,19 @@ pub(crate) fn request(
             body: error.to_string(),
         },
     }
+}
+
+/// Text that does not compress: what is small about a push of it comes only from what both sides have.
+pub(crate) fn noise(bytes: usize) -> String {
+    let mut state = 1u64;
+    let mut text = String::with_capacity(bytes + 20);
+    while text.len() < bytes {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        text += &format!("// {state:016x}\n");
+    }
+    text
 }
 
 /// A port that something else listens on.

@@ -10,8 +10,15 @@
 
 mod connection;
 mod control;
+mod handover;
 mod harness;
+mod hostile;
+mod keys;
 mod laptop;
+mod names;
+mod order;
 mod proxy;
 mod push;
+mod sent;
 mod swap;
+mod time;
