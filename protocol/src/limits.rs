@@ -18,7 +18,8 @@ pub const MAX_TREE_BYTES: u64 = 256 << 20;
 /// Longest target of a symbolic link.
 pub const MAX_LINK_BYTES: u64 = MAX_PATH_BYTES as u64;
 
-/// Largest push body in one request. Cloud Run refuses HTTP/1 bodies over 32 MiB; this leaves room for its own headers.
+/// Largest body of one request; a larger push goes as an upload. Cloud Run refuses HTTP/1 bodies over 32 MiB; this leaves room
+/// for its own headers.
 pub const MAX_BODY_BYTES: u64 = 31 << 20;
 /// Size of each part of an upload but the last, and what a broken connection can cost: 8 s at 1 Mbit/s. A push with a larger
 /// payload goes in parts.
