@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what cannot happen here fails the test")]
 
+mod front;
 mod harness;
 mod proxy;
 mod readiness;
