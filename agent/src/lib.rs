@@ -33,6 +33,7 @@ mod serve;
 mod shared;
 mod tree;
 mod warm;
+mod wire;
 
 use std::{path::PathBuf, process::ExitCode};
 
