@@ -208,7 +208,7 @@ impl Upstream {
             .position(|idle| idle.since.elapsed() < MAX_IDLE)
             .unwrap_or(idle.len());
         idle.drain(..oldest_fresh);
-        idle.retain(|idle| !idle.sender.is_closed());
+        // What is closed is never ready, and goes when its time is over.
         let ready = idle.iter().rposition(|idle| idle.sender.is_ready())?;
         Some(idle.remove(ready).sender)
     }

@@ -60,9 +60,17 @@ async fn a_request_under_way_is_not_given_up_however_long_it_takes() {
     let address = bare.address;
     let asked = tokio::spawn(async move { Client::connect(address).await.get(&path).await });
     stand.printed(1, "waiting").await;
+    let mut client = Client::connect(bare.address).await;
+    let request = Request::get("/events").body(Full::default()).unwrap();
+    let mut events = client.send(request).await.into_body();
     for _ in 0..3 {
+        // Is given up after the limit.
         let mut silent = TcpStream::connect(bare.address).await.unwrap();
         rest(&mut silent).await;
+    }
+    for _ in 0..200 {
+        // More than were sent meanwhile.
+        events.frame().await.unwrap().unwrap();
     }
     std::fs::write(file, "").unwrap();
     assert_eq!(asked.await.unwrap(), (hyper::StatusCode::OK, "1".into()));
