@@ -97,7 +97,7 @@ mod tests {
 
     /// A limit of which `left` is left when the container is frozen for an hour.
     async fn frozen_with(left: Duration) -> impl Future<Output = Duration> {
-        let limit = Duration::from_secs(5);
+        let limit = Duration::from_millis(5500);
         let limited = tokio::spawn(running_sleep(limit));
         tokio::time::sleep(limit - left).await;
         tokio::time::advance(Duration::from_secs(3600)).await;
@@ -119,14 +119,17 @@ mod tests {
     async fn waking_never_ends_a_limit_by_itself() {
         for left in [1, 20, 99, 300] {
             let rest = frozen_with(Duration::from_millis(left)).await.await;
-            assert!(rest >= SHORTEST_TICK, "{left} ms left: {rest:?}");
+            assert!(
+                rest >= Duration::from_millis(99),
+                "{left} ms left: {rest:?}"
+            );
         }
     }
 
     #[test]
     fn a_limit_of_minutes_wakes_the_process_up_once_a_second() {
         assert_eq!(tick(Duration::from_secs(650)), LONGEST_TICK);
-        assert_eq!(tick(Duration::from_secs(1)), SHORTEST_TICK);
+        assert_eq!(tick(Duration::from_secs(1)), Duration::from_millis(100));
         assert_eq!(tick(Duration::from_millis(7)), Duration::from_millis(7));
     }
 }
