@@ -38,6 +38,7 @@ mod toolchain;
 mod tree;
 mod uploads;
 mod warm;
+mod wire;
 
 use std::{path::PathBuf, process::ExitCode};
 
