@@ -65,6 +65,7 @@ pub(crate) struct Project {
 /// A running agent; ends with its app when dropped.
 pub(crate) struct Agent {
     child: Child,
+    starter: &'static [&'static str],
     folder: tempfile::TempDir,
     keys: String,
     pub port: u16,
@@ -94,6 +95,17 @@ impl Running {
 
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap()?.code()
+    }
+
+    /// Ends it by SIGKILL.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end.
@@ -332,6 +344,15 @@ impl Project {
 impl Agent {
     /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
+        Self::started_by(&[], laptops, |_| {})
+    }
+
+    /// The same, started by the program and arguments of `starter`, after `prepare` was given the workspace to be.
+    pub(crate) fn started_by(
+        starter: &'static [&'static str],
+        laptops: &[&Laptop],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
         let named = |(number, laptop): (usize, &&Laptop)| {
             let key = laptop.public_key();
             let key: Vec<&str> = key.split(' ').take(2).collect();
@@ -344,9 +365,11 @@ impl Agent {
             .collect::<Vec<_>>()
             .join("\n");
         let folder = tempfile::tempdir().unwrap();
-        let (child, port) = start(&folder, &keys, 0);
+        prepare(&folder.path().join("workspace"));
+        let (child, port) = start(&folder, &keys, 0, starter);
         Self {
             child,
+            starter,
             folder,
             keys,
             port,
@@ -375,11 +398,58 @@ impl Agent {
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
         between(&self.workspace());
-        (self.child, self.port) = start(&self.folder, &self.keys, self.port);
+        self.start_again();
+    }
+
+    /// Starts an agent that ended, on the same port.
+    pub(crate) fn start_again(&mut self) {
+        (self.child, self.port) = start(&self.folder, &self.keys, self.port, self.starter);
+    }
+
+    /// Ends the agent by SIGKILL, and leaves its processes as they are.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Lets the agent die when it comes to this point.
+    pub(crate) fn die_at(&self, point: &str) {
+        fs::write(self.order(), format!("die at {point}")).unwrap();
+    }
+
+    /// Lets the agent wait at this point, until it may go on.
+    pub(crate) fn wait_at(&self, point: &str) {
+        let _ = fs::remove_file(self.order().with_extension("reached"));
+        fs::write(self.order(), format!("wait at {point}")).unwrap();
+    }
+
+    /// Waits until the agent waits.
+    pub(crate) fn reached(&self) {
+        wait_for("the agent to come to the point", || {
+            self.order().with_extension("reached").exists()
+        });
+    }
+
+    /// Withdraws what the agent was to do at some point.
+    pub(crate) fn go_on(&self) {
+        let _ = fs::remove_file(self.order());
+    }
+
+    /// What the agent does at its fault points; see its `fault.rs`.
+    fn order(&self) -> PathBuf {
+        self.folder.path().join("order")
     }
 
     /// Sends SIGTERM and waits for the end.
     pub(crate) fn stop(&mut self) {
+        if self.has_ended() {
+            return;
+        }
         let process = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
         wait_for("the agent to end", || {
@@ -459,7 +529,7 @@ impl Drop for Agent {
     }
 }
 
-fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
+fn start(folder: &tempfile::TempDir, keys: &str, port: u16, starter: &[&str]) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
     let log = fs::OpenOptions::new()
@@ -467,7 +537,9 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
         .append(true)
         .open(folder.path().join("log"))
         .unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_rrun"))
+    let program = [starter, &[env!("CARGO_BIN_EXE_rrun")]].concat();
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
         .args([
             "agent",
             "serve",
@@ -481,6 +553,7 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16) -> (Child, u16) {
         .arg("--announce")
         .arg(&announcement)
         .env("RRUN_AUTHORIZED_KEYS", keys)
+        .env("RRUN_FAULT_POINT_FILE", folder.path().join("order"))
         .env_remove("CARGO_TARGET_DIR")
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())

@@ -9,6 +9,7 @@
 )]
 
 mod control;
+mod crash;
 mod handover;
 mod harness;
 mod laptop;
