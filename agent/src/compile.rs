@@ -24,7 +24,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::running_timeout, fault::fault_point, layout::Layout, recipe, room::FULL,
+    clock::running_timeout, fault::fault_point, layout::Layout, recipe, room::tells_full,
     tree::TouchedFiles,
 };
 
@@ -153,7 +153,7 @@ impl<L: BuildLog> Build<'_, L> {
         let stderr = child.stderr.take();
         let stderr = stderr.context("cargo has no standard error")?;
         let mut heard = Heard::default();
-        let log = Watched::new(self.log);
+        let log = Watched::new(self.log, self.layout.target());
         let status = {
             let messages = read_messages(stdout, &mut heard, &log);
             let talk = read_talk(stderr, &log);
@@ -197,19 +197,23 @@ impl<L: BuildLog> Build<'_, L> {
 /// Passes a log on, and notes whether anybody complains there that the disk is full.
 struct Watched<'l, L> {
     log: &'l L,
+    target: PathBuf,
     no_room: AtomicBool,
 }
 
 impl<'l, L> Watched<'l, L> {
-    fn new(log: &'l L) -> Self {
-        let no_room = AtomicBool::new(false);
-        Self { log, no_room }
+    fn new(log: &'l L, target: PathBuf) -> Self {
+        Self {
+            log,
+            target,
+            no_room: AtomicBool::new(false),
+        }
     }
 }
 
 impl<L: BuildLog> BuildLog for Watched<'_, L> {
     fn tell(&self, event: EventKind) {
-        if matches!(&event, EventKind::Log { text } if text.contains(FULL)) {
+        if matches!(&event, EventKind::Log { text } if tells_full(text, &self.target)) {
             self.no_room.store(true, Ordering::Relaxed);
         }
         self.log.tell(event);

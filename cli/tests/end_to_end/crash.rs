@@ -314,7 +314,7 @@ impl Lane {
     }
 
     /// Kills the agent some time after a push began, starts it again, and checks all that has to be true then.
-    fn kill(&mut self) {
+    fn kill_during_push(&mut self) {
         let old_tree = manifest(&self.agent.workspace().join("tree"));
         self.edit();
         let moments = self.push_takes.as_micros() * 6 / 5;
@@ -376,7 +376,7 @@ fn an_agent_killed_at_200_random_times_always_goes_on() {
         thread::spawn(move || {
             let mut lane = Lane::new(seed.wrapping_add(number.into()));
             for kill in 1..=KILLS / LANES {
-                lane.kill();
+                lane.kill_during_push();
                 if kill % WHOLE_PUSH_EVERY == 0 {
                     lane.push();
                 }
@@ -388,4 +388,112 @@ fn an_agent_killed_at_200_random_times_always_goes_on() {
     let lanes: Vec<_> = (0..LANES).map(lane).collect();
     let kills: u32 = lanes.into_iter().map(|lane| lane.join().unwrap()).sum();
     assert_eq!(kills, KILLS);
+}
+
+/// A build script that never ends, with two processes that ignore what asks them to end, one in a session of its own.
+const ENDLESS_BUILD: &str = r#"fn main() {
+    for starter in [&["sh"][..], &["setsid", "sh"]] {
+        let mut command = std::process::Command::new(starter[0]);
+        command.args(&starter[1..]).args(["-c", "trap '' TERM INT; while :; do sleep 1000; done"]);
+        command.spawn().unwrap();
+    }
+    let target = std::env::var("CARGO_TARGET_DIR").unwrap();
+    std::fs::write(format!("{target}/building"), "").unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+"#;
+
+/// Starts a build that does not end, and waits until it is under way.
+#[cfg(target_os = "linux")]
+pub(crate) fn start_endless_build(
+    laptop: &Laptop,
+    project: &Project,
+    agent: &Agent,
+) -> crate::harness::Running {
+    project.write("build.rs", ENDLESS_BUILD);
+    let push = laptop.start_push(project, agent, &[]);
+    let sign = agent.workspace().join("target/building");
+    wait_for("the build script", || sign.exists());
+    fs::remove_file(sign).unwrap();
+    push
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_killed_agent_was_building_has_ended_before_the_next_one_applies_anything() {
+    let laptop = Laptop::new();
+    let mut agent = Agent::new(&[&laptop]);
+    let project = Project::new();
+    laptop.push_live(&project, &agent);
+    // With cargo alive, and with its group's leader gone as well.
+    for (leader_dies, answer) in [(false, "two"), (true, "three")] {
+        let push = start_endless_build(&laptop, &project, &agent);
+        wait_for("app, cargo, build script, two shells, their sleeps", || {
+            processes_of(&agent.workspace()).len() >= 7
+        });
+        let under_way = processes_of(&agent.workspace());
+        agent.kill();
+        push.kill();
+        if leader_dies {
+            kill(leader_of_the_build(&under_way));
+        }
+        let left = processes_of(&agent.workspace());
+        assert!(left.len() >= 5, "nobody else ends them: {left:?}");
+        agent.start_again();
+        let left: Vec<_> = processes_of(&agent.workspace())
+            .intersection(&under_way)
+            .copied()
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        fs::remove_file(project.path("build.rs")).unwrap();
+        project.answer(answer);
+        laptop.push_live(&project, &agent);
+        assert_eq!(agent.get("/").body, answer);
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn leader_of_the_build(processes: &BTreeSet<u32>) -> u32 {
+    let is_cargo = |number: &&u32| {
+        fs::read_to_string(format!("/proc/{number}/comm")).is_ok_and(|name| name.trim() == "cargo")
+    };
+    *processes.iter().find(is_cargo).unwrap()
+}
+
+#[cfg(target_os = "linux")]
+fn kill(process: u32) {
+    use rustix::process::{Pid, Signal, kill_process};
+    kill_process(
+        Pid::from_raw(process.try_into().unwrap()).unwrap(),
+        Signal::KILL,
+    )
+    .unwrap();
+    wait_for("the process to end", || {
+        !fs::read_to_string(format!("/proc/{process}/stat"))
+            .is_ok_and(|stat| !stat.contains(") Z "))
+    });
+}
+
+/// A process that only has the number of one that an earlier agent started.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_number_that_was_used_again_is_nobody_s_leftover() {
+    let laptop = Laptop::new();
+    let mut agent = Agent::new(&[&laptop]);
+    laptop.push_live(&Project::new(), &agent);
+    agent.kill();
+    let register = agent.workspace().join("state/processes");
+    let written = fs::read(&register).unwrap();
+    agent.start_again();
+    served(&agent, &laptop);
+    let survivor = agent.status(&laptop)["process"].clone();
+    agent.kill();
+    // The register of the agent before: the same boot, other processes.
+    fs::write(&register, written).unwrap();
+    agent.start_again();
+    let survivor = u32::try_from(survivor.as_u64().unwrap()).unwrap();
+    assert!(processes_of(&agent.workspace()).contains(&survivor));
+    kill(survivor);
 }

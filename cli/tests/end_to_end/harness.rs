@@ -406,6 +406,21 @@ impl Agent {
         (self.child, self.port) = start(&self.folder, &self.keys, self.port, self.starter);
     }
 
+    /// The process that signals are for: the agent itself, whoever started it.
+    pub(crate) fn told(&self) -> u32 {
+        let process = self.process();
+        let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+        match children {
+            Ok(children) if !self.starter.is_empty() => children.trim().parse().unwrap_or(process),
+            _ => process,
+        }
+    }
+
+    /// How it ended.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap()?.code()
+    }
+
     /// Ends the agent by SIGKILL, and leaves its processes as they are.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
@@ -450,7 +465,7 @@ impl Agent {
         if self.has_ended() {
             return;
         }
-        let process = rustix::process::Pid::from_child(&self.child);
+        let process = rustix::process::Pid::from_raw(self.told().try_into().unwrap()).unwrap();
         let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
         wait_for("the agent to end", || {
             self.child.try_wait().unwrap().is_some()
@@ -574,6 +589,17 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16, starter: &[&str]) ->
         child,
         u16::try_from(announced["port"].as_u64().unwrap()).unwrap(),
     )
+}
+
+/// Whether a test that needs `what` ends at once, because this machine does not allow it. Says so, and fails where
+/// nothing may be skipped.
+pub(crate) fn may_skip(is_allowed: bool, what: &str) -> bool {
+    let required = std::env::var("RRUN_REQUIRE_MOUNT").is_ok_and(|value| value == "1");
+    assert!(is_allowed || !required, "`{what}` is not allowed here");
+    if !is_allowed {
+        println!("SKIPPED: `{what}` is not allowed here");
+    }
+    !is_allowed
 }
 
 /// Looks every few milliseconds until `is_so`.

@@ -10,10 +10,14 @@
 
 mod control;
 mod crash;
+#[cfg(target_os = "linux")]
+mod full_disk;
 mod handover;
 mod harness;
 mod laptop;
 mod order;
 mod push;
 mod swap;
+#[cfg(target_os = "linux")]
+mod termination;
 mod time;
