@@ -179,6 +179,17 @@ impl Drop for Started {
     }
 }
 
+/// Kills all that is still registered, with everything it started: the last thing that an agent does.
+pub(crate) fn kill_rest() {
+    let rest: Vec<Registered> = registered().running.values().cloned().collect();
+    for Registered { process, mark } in rest {
+        if let Some((process, _)) = process {
+            platform::signal_group(process, Signal::KILL);
+            platform::kill_descendants(process, mark.as_deref());
+        }
+    }
+}
+
 /// Ends what an earlier agent of this workspace left running, and keeps the register there from now on.
 ///
 /// # Errors

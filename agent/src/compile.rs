@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::running_timeout, fault::fault_point, freshness::Units, layout::Layout, recipe,
-    room::FULL, tree::TouchedFiles,
+    room::tells_full, tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
@@ -162,7 +162,7 @@ impl<L: BuildLog> Build<'_, L> {
             failed: BTreeSet::new(),
         };
         let mut error = None;
-        let log = Watched::new(self.log);
+        let log = Watched::new(self.log, self.layout.target());
         let status = {
             let messages = read_messages(stdout, &mut heard, &log);
             let talk = read_talk(stderr, &mut error, &log);
@@ -207,19 +207,23 @@ impl<L: BuildLog> Build<'_, L> {
 /// Passes a log on, and notes whether anybody complains there that the disk is full.
 struct Watched<'l, L> {
     log: &'l L,
+    target: PathBuf,
     no_room: AtomicBool,
 }
 
 impl<'l, L> Watched<'l, L> {
-    fn new(log: &'l L) -> Self {
-        let no_room = AtomicBool::new(false);
-        Self { log, no_room }
+    fn new(log: &'l L, target: PathBuf) -> Self {
+        Self {
+            log,
+            target,
+            no_room: AtomicBool::new(false),
+        }
     }
 }
 
 impl<L: BuildLog> BuildLog for Watched<'_, L> {
     fn tell(&self, event: EventKind) {
-        if matches!(&event, EventKind::Log { text } if text.contains(FULL)) {
+        if matches!(&event, EventKind::Log { text } if tells_full(text, &self.target)) {
             self.no_room.store(true, Ordering::Relaxed);
         }
         self.log.tell(event);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use listeners::{Protocol, SocketState};
-use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use crate::child::Leftovers;
 #[cfg(target_os = "linux")]
@@ -71,13 +71,20 @@ pub(crate) fn tells_listeners() -> bool {
 }
 
 fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool {
-    let in_group = i32::try_from(process)
-        .ok()
-        .and_then(Pid::from_raw)
-        .is_some_and(|pid| {
-            getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
-        });
-    in_group || descends(processes, process, &HashSet::from([group]))
+    group_of(processes, process) == Some(group)
+        || descends(processes, process, &HashSet::from([group]))
+}
+
+/// Not asked of the system: for who joined a container from outside the group has no number there.
+#[cfg(target_os = "linux")]
+fn group_of(processes: &HashMap<u32, Process>, process: u32) -> Option<u32> {
+    Some(processes.get(&process)?.group)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn group_of(_processes: &HashMap<u32, Process>, process: u32) -> Option<u32> {
+    let group = rustix::process::getpgid(pid(process)).ok()?;
+    u32::try_from(group.as_raw_nonzero().get()).ok()
 }
 
 fn descends(processes: &HashMap<u32, Process>, process: u32, roots: &HashSet<u32>) -> bool {

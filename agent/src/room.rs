@@ -13,8 +13,14 @@ use crate::{compile::CompileError, layout::Layout};
 /// Cargo's folder of incremental files, one in each profile's.
 const INCREMENTAL: &str = "incremental";
 
-/// What the system says when a disk is full; compilers and linkers pass it on.
-pub(crate) const FULL: &str = "No space left on device";
+/// What the system says when a disk is full; compilers pass it on.
+const FULL: &str = "No space left on device";
+
+/// How a linker dies that writes its output through memory, where no room is left for a page.
+const DIED_WRITING: [&str; 2] = ["Bus error", "SIGBUS"];
+
+/// Below this a large executable may not find room.
+const LITTLE_ROOM_BYTES: u64 = 256 << 20;
 
 /// Whether something failed for want of room.
 pub(crate) fn is_no_room(error: &anyhow::Error) -> bool {
@@ -28,6 +34,13 @@ pub(crate) fn is_no_room(error: &anyhow::Error) -> bool {
 pub(crate) fn is_full(error: &io::Error) -> bool {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     matches!(error.kind(), StorageFull | QuotaExceeded)
+}
+
+/// Whether a line of a failed build's log says that there was no room in `folder`.
+pub(crate) fn tells_full(line: &str, folder: &Path) -> bool {
+    let died_writing = || DIED_WRITING.iter().any(|text| line.contains(text));
+    let is_low = || free_bytes(folder).is_some_and(|bytes| bytes < LITTLE_ROOM_BYTES);
+    line.contains(FULL) || died_writing() && is_low()
 }
 
 /// Removes cargo's incremental files, and says how much is free then and what to do next.

@@ -129,6 +129,8 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     close.cancel();
     // Who follows a log would keep its connection for ever.
     let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
+    // Whatever took longer than its limit.
+    let _ = tokio::task::spawn_blocking(child::kill_rest).await.is_ok();
     match end {
         End::Stopped => Ok(()),
         End::HandOver(spec) => Err(become_app(&spec, port)),

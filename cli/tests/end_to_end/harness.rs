@@ -62,12 +62,21 @@ pub(crate) struct Project {
     _owner: Option<tempfile::TempDir>,
 }
 
+/// How an agent is started.
+#[derive(Clone, Copy, Default)]
+struct How {
+    /// Program and arguments in front of the agent's own.
+    starter: &'static [&'static str],
+    /// More environment.
+    environment: &'static [(&'static str, &'static str)],
+}
+
 /// A running agent; ends with its app when dropped.
 pub(crate) struct Agent {
     child: Child,
+    how: How,
     folder: tempfile::TempDir,
     keys: String,
-    environment: &'static [(&'static str, &'static str)],
     pub port: u16,
 }
 
@@ -95,6 +104,17 @@ impl Running {
 
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap()?.code()
+    }
+
+    /// Ends it by SIGKILL.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end.
@@ -338,7 +358,7 @@ impl Project {
 impl Agent {
     /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
-        Self::with_environment(laptops, &[])
+        Self::started(How::default(), laptops, |_| {})
     }
 
     /// The same with more in the agent's environment.
@@ -346,14 +366,36 @@ impl Agent {
         laptops: &[&Laptop],
         environment: &'static [(&'static str, &'static str)],
     ) -> Self {
+        let how = How {
+            environment,
+            ..How::default()
+        };
+        Self::started(how, laptops, |_| {})
+    }
+
+    /// The same, started by the program and arguments of `starter`, after `prepare` was given the workspace to be.
+    pub(crate) fn started_by(
+        starter: &'static [&'static str],
+        laptops: &[&Laptop],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
+        let how = How {
+            starter,
+            ..How::default()
+        };
+        Self::started(how, laptops, prepare)
+    }
+
+    fn started(how: How, laptops: &[&Laptop], prepare: impl FnOnce(&Path)) -> Self {
         let keys = public_keys(laptops);
         let folder = tempfile::tempdir().unwrap();
-        let (child, port) = start(&folder, &keys, environment, 0);
+        prepare(&folder.path().join("workspace"));
+        let (child, port) = start(&folder, &keys, how, 0);
         Self {
             child,
+            how,
             folder,
             keys,
-            environment,
             port,
         }
     }
@@ -398,12 +440,76 @@ impl Agent {
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
         between(&self.workspace());
-        (self.child, self.port) = start(&self.folder, &self.keys, self.environment, self.port);
+        self.start_again();
+    }
+
+    /// Starts an agent that ended, on the same port.
+    pub(crate) fn start_again(&mut self) {
+        (self.child, self.port) = start(&self.folder, &self.keys, self.how, self.port);
+    }
+
+    /// The process that signals are for: the agent itself, whoever started it.
+    pub(crate) fn told(&self) -> u32 {
+        let process = self.process();
+        let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+        match children {
+            Ok(children) if !self.how.starter.is_empty() => {
+                children.trim().parse().unwrap_or(process)
+            }
+            _ => process,
+        }
+    }
+
+    /// How it ended.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap()?.code()
+    }
+
+    /// Ends the agent by SIGKILL, and leaves its processes as they are.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Lets the agent die when it comes to this point.
+    pub(crate) fn die_at(&self, point: &str) {
+        fs::write(self.order(), format!("die at {point}")).unwrap();
+    }
+
+    /// Lets the agent wait at this point, until it may go on.
+    pub(crate) fn wait_at(&self, point: &str) {
+        let _ = fs::remove_file(self.order().with_extension("reached"));
+        fs::write(self.order(), format!("wait at {point}")).unwrap();
+    }
+
+    /// Waits until the agent waits.
+    pub(crate) fn reached(&self) {
+        wait_for("the agent to come to the point", || {
+            self.order().with_extension("reached").exists()
+        });
+    }
+
+    /// Withdraws what the agent was to do at some point.
+    pub(crate) fn go_on(&self) {
+        let _ = fs::remove_file(self.order());
+    }
+
+    /// What the agent does at its fault points; see its `fault.rs`.
+    fn order(&self) -> PathBuf {
+        self.folder.path().join("order")
     }
 
     /// Sends SIGTERM and waits for the end.
     pub(crate) fn stop(&mut self) {
-        let process = rustix::process::Pid::from_child(&self.child);
+        if self.has_ended() {
+            return;
+        }
+        let process = rustix::process::Pid::from_raw(self.told().try_into().unwrap()).unwrap();
         let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
         wait_for("the agent to end", || {
             self.child.try_wait().unwrap().is_some()
@@ -482,7 +588,6 @@ impl Drop for Agent {
     }
 }
 
-/// As they stand in RRUN_AUTHORIZED_KEYS.
 /// The keys of `laptops` by the names `person-0`, `person-1` and so on.
 fn public_keys(laptops: &[&Laptop]) -> String {
     let named = |(number, laptop): (usize, &&Laptop)| {
@@ -494,12 +599,7 @@ fn public_keys(laptops: &[&Laptop]) -> String {
     lines.join("\n")
 }
 
-fn start(
-    folder: &tempfile::TempDir,
-    keys: &str,
-    environment: &[(&str, &str)],
-    port: u16,
-) -> (Child, u16) {
+fn start(folder: &tempfile::TempDir, keys: &str, how: How, port: u16) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
     let log = fs::OpenOptions::new()
@@ -507,7 +607,9 @@ fn start(
         .append(true)
         .open(folder.path().join("log"))
         .unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_rrun"))
+    let program = [how.starter, &[env!("CARGO_BIN_EXE_rrun")]].concat();
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
         .args([
             "agent",
             "serve",
@@ -521,7 +623,8 @@ fn start(
         .arg("--announce")
         .arg(&announcement)
         .env("RRUN_AUTHORIZED_KEYS", keys)
-        .envs(environment.iter().copied())
+        .envs(how.environment.iter().copied())
+        .env("RRUN_FAULT_POINT_FILE", folder.path().join("order"))
         .env_remove("CARGO_TARGET_DIR")
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
@@ -542,6 +645,17 @@ fn start(
         child,
         u16::try_from(announced["port"].as_u64().unwrap()).unwrap(),
     )
+}
+
+/// Whether a test that needs `what` ends at once, because this machine does not allow it. Says so, and fails where
+/// nothing may be skipped.
+pub(crate) fn may_skip(is_allowed: bool, what: &str) -> bool {
+    let required = std::env::var("RRUN_REQUIRE_MOUNT").is_ok_and(|value| value == "1");
+    assert!(is_allowed || !required, "`{what}` is not allowed here");
+    if !is_allowed {
+        println!("SKIPPED: `{what}` is not allowed here");
+    }
+    !is_allowed
 }
 
 /// Looks every few milliseconds until `is_so`.

@@ -10,6 +10,9 @@
 
 mod connection;
 mod control;
+mod crash;
+#[cfg(target_os = "linux")]
+mod full_disk;
 mod handover;
 mod harness;
 mod hostile;
@@ -21,4 +24,6 @@ mod proxy;
 mod push;
 mod sent;
 mod swap;
+#[cfg(target_os = "linux")]
+mod termination;
 mod time;
