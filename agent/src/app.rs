@@ -31,6 +31,7 @@ use tokio::{net::TcpStream, task::JoinSet};
 use crate::{
     child::{self, Started},
     clock::{running_sleep, running_timeout},
+    fault::fault_point,
     output::{Output, OutputLine},
     platform::{self, Descendant},
 };
@@ -77,6 +78,7 @@ impl AppSpec {
             arguments: self.arguments(port),
             directory: &self.directory,
             environment: environment(self, port),
+            known_by: "PORT",
         })
     }
 
@@ -182,9 +184,11 @@ impl App {
             arguments: spec.arguments(port),
             directory: &spec.directory,
             environment: environment(spec, port),
+            known_by: "PORT",
         })
         .await
         .map_err(|error| could_not_start(spec, error))?;
+        fault_point!("starting");
         let mut pumps = JoinSet::new();
         if let Some(pipe) = started.child.stdout.take() {
             pumps.spawn(output.clone().pump(spec.generation, Stream::Stdout, pipe));
@@ -259,18 +263,17 @@ impl App {
                 known.push(late);
             }
         }
-        self.finish(&known).await;
+        self.finish(known).await;
     }
 
     /// SIGKILL at once; returns when nothing of it is left.
     pub(crate) async fn kill(mut self) {
         let known = self.descendants().await;
-        self.finish(&known).await;
+        self.finish(known).await;
     }
 
-    async fn finish(&mut self, known: &[Descendant]) {
-        self.kill_now(known);
-        if running_timeout(KILLED_LIMIT, self.ended(known))
+    async fn finish(&mut self, known: Vec<Descendant>) {
+        if running_timeout(KILLED_LIMIT, self.kill_all(known))
             .await
             .is_err()
         {
@@ -285,10 +288,22 @@ impl App {
         self.gone = true;
     }
 
+    /// Again and again: what is killed may have been about to start something that was not listed yet.
+    async fn kill_all(&mut self, mut known: Vec<Descendant>) {
+        loop {
+            self.kill_now(&known);
+            self.ended(&known).await;
+            known = self.descendants().await;
+            if known.is_empty() {
+                return;
+            }
+        }
+    }
+
     fn kill_now(&self, known: &[Descendant]) {
         platform::signal_group(self.process(), Signal::KILL);
         for descendant in known {
-            descendant.kill();
+            descendant.send(Signal::KILL);
         }
     }
 
@@ -301,8 +316,7 @@ impl App {
     }
 
     async fn descendants(&self) -> Vec<Descendant> {
-        let (group, port) = (self.process(), self.port);
-        tokio::task::spawn_blocking(move || platform::descendants(group, port))
+        tokio::task::spawn_blocking(self.started.look())
             .await
             .unwrap_or_default()
     }
@@ -311,7 +325,9 @@ impl App {
 impl Drop for App {
     fn drop(&mut self) {
         if !self.gone {
-            self.kill_now(&platform::descendants(self.process(), self.port));
+            self.kill_now(&self.started.look()());
+            // What was just being started is found once it is there; not worth making an async thread wait.
+            std::thread::spawn(self.started.kill_until_gone());
         }
     }
 }

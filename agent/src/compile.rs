@@ -9,31 +9,29 @@ use std::{
     collections::BTreeSet,
     io,
     path::{Path, PathBuf},
-    process::ExitStatus,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use cargo_metadata::{Artifact, Message};
+use cargo_metadata::{Artifact, CompilerMessage, Message, diagnostic::DiagnosticLevel};
+use futures_util::{FutureExt as _, future::FusedFuture as _};
 use rrun_protocol::{BuildPlan, EventKind, MAX_EVENT_TEXT_BYTES, TreePath};
 use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    child::Started,
-    clock::running_timeout,
-    layout::Layout,
-    platform,
-    recipe::{self, Command},
+    clock::running_timeout, fault::fault_point, layout::Layout, recipe, room::FULL,
     tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
-const CANCEL_GRACE: Duration = Duration::from_secs(3);
+const CANCEL_GRACE: Duration = Duration::from_secs(2);
 
-/// Pause between two looks whether cargo's group has ended.
-const GONE_EVERY: Duration = Duration::from_millis(2);
+/// How long the rest of its output may take after its group has ended.
+const REST_OF_OUTPUT_LIMIT: Duration = Duration::from_millis(500);
 
 /// Longest line of cargo's JSON: one diagnostic with its rendered text.
 const MAX_MESSAGE_BYTES: usize = 8 << 20;
@@ -51,14 +49,22 @@ pub(crate) struct Built {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompileError {
     /// Cargo says no; its reasons are in the log.
-    #[error("cargo ended with {0}")]
-    Failed(ExitStatus),
+    #[error("{error}")]
+    Failed {
+        /// Cargo's own first error: a lower-case fragment.
+        error: String,
+        /// Ids of the packages that a broken target directory could be to blame for; none if no code was refused.
+        packages: BTreeSet<String>,
+    },
     /// Stopped, and all its processes are gone.
     #[error("the build was cancelled")]
     Cancelled,
     /// Cargo calls something fresh that is not, even after it was cleaned.
     #[error("cargo calls `{0}` up to date although it was cleaned")]
     Stale(String),
+    /// There was no room for what it makes; its log says where exactly.
+    #[error("there is no room to build in: `{}` is full", .0.display())]
+    NoRoom(PathBuf),
     /// Cargo could not be run or understood.
     #[error(transparent)]
     Other(#[from] anyhow::Error),
@@ -70,122 +76,197 @@ pub(crate) trait BuildLog {
     fn tell(&self, event: EventKind);
 }
 
-/// Builds `plan` from the present tree. `touched` are the files written or deleted since it last succeeded.
-///
-/// `compiled` gets the units that were compiled, also if the build as a whole does not succeed.
-pub(crate) async fn compile(
-    layout: &Layout,
-    plan: &BuildPlan,
-    touched: &TouchedFiles,
-    compiled: &mut BTreeSet<String>,
-    log: &impl BuildLog,
-    cancel: &CancellationToken,
-) -> Result<Built, CompileError> {
-    let command = recipe::build(layout, plan);
-    let finished = run(&command, compiled, log, cancel).await?;
-    let stale = stale_packages(layout, &finished, touched)?;
-    if stale.is_empty() {
-        return Ok(finished.built);
+/// One build of the present tree.
+pub(crate) struct Build<'a, L> {
+    /// Where tree and target directory lie.
+    pub layout: &'a Layout,
+    /// What to build.
+    pub plan: &'a BuildPlan,
+    /// Files written or deleted since the plan last succeeded.
+    pub touched: &'a TouchedFiles,
+    /// Whether the build before this one was killed, so that what it left may be broken.
+    pub after_interruption: bool,
+    /// Where the log goes.
+    pub log: &'a L,
+    /// Stops it.
+    pub cancel: &'a CancellationToken,
+}
+
+impl<L: BuildLog> Build<'_, L> {
+    /// Runs cargo, and again where its result cannot be trusted.
+    ///
+    /// `compiled` gets the units that were compiled, also if the build as a whole does not succeed.
+    pub(crate) async fn compile(
+        &self,
+        compiled: &mut BTreeSet<String>,
+    ) -> Result<Built, CompileError> {
+        let finished = match self.run(compiled).await {
+            Err(CompileError::Failed { packages, .. })
+                if self.after_interruption && !packages.is_empty() =>
+            {
+                for package in &packages {
+                    let why = "does not compile after a build that was interrupted";
+                    self.clean(package, why).await?;
+                }
+                self.run(compiled).await?
+            }
+            result => result?,
+        };
+        let stale = stale_packages(self.layout, &finished, self.touched)?;
+        if stale.is_empty() {
+            return Ok(finished.built);
+        }
+        for (package, path) in &stale {
+            let why = format!("was called up to date by cargo although `{path}` changed");
+            self.clean(package, &why).await?;
+        }
+        let again = self.run(compiled).await?;
+        match stale_packages(self.layout, &again, self.touched)?
+            .into_iter()
+            .next()
+        {
+            None => Ok(again.built),
+            Some((package, _)) => Err(CompileError::Stale(package)),
+        }
     }
-    for (package, path) in &stale {
-        let text = format!(
-            "cargo called `{package}` up to date although `{path}` changed; cleaning and building it again"
-        );
-        log.tell(EventKind::Warning { text, hint: None });
-        recipe::clean(layout, plan, package)
+
+    /// Removes what cargo made of `package`, and says why.
+    async fn clean(&self, package: &str, why: &str) -> Result<(), CompileError> {
+        let text = format!("`{package}` {why}; cleaning and building it again");
+        self.log.tell(EventKind::Warning { text, hint: None });
+        let cleaned = recipe::clean(self.layout, self.plan, package)
             .output()
-            .await
-            .with_context(|| format!("cannot clean `{package}`"))?;
+            .await;
+        cleaned.with_context(|| format!("cannot clean `{package}`"))?;
+        Ok(())
     }
-    let again = run(&command, compiled, log, cancel).await?;
-    match stale_packages(layout, &again, touched)?.into_iter().next() {
-        None => Ok(again.built),
-        Some((package, _)) => Err(CompileError::Stale(package)),
+
+    /// One run of cargo.
+    async fn run(&self, compiled: &mut BTreeSet<String>) -> Result<Finished, CompileError> {
+        let command = recipe::build(self.layout, self.plan);
+        let mut started = command.start().await.context("cannot start cargo")?;
+        fault_point!("building");
+        let child = &mut started.child;
+        let stdout = child.stdout.take();
+        let stdout = stdout.context("cargo has no standard output")?;
+        let stderr = child.stderr.take();
+        let stderr = stderr.context("cargo has no standard error")?;
+        let mut heard = Heard::default();
+        let mut error = None;
+        let log = Watched::new(self.log);
+        let status = {
+            let messages = read_messages(stdout, &mut heard, &log);
+            let talk = read_talk(stderr, &mut error, &log);
+            let mut reading = pin!(async { tokio::try_join!(messages, talk) }.fuse());
+            let status = loop {
+                tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => break None,
+                    read = &mut reading => read.map(drop).context("cannot read what cargo prints")?,
+                    status = started.child.wait() => break Some(status.context("cannot wait for cargo")?),
+                }
+            };
+            // A build script may have left something running, which may hold cargo's outputs open.
+            let first = if status.is_some() {
+                Signal::TERM
+            } else {
+                Signal::INT
+            };
+            started.end(first, CANCEL_GRACE).await;
+            if !reading.is_terminated() {
+                // What is not there by now belongs to somebody else.
+                let _ = running_timeout(REST_OF_OUTPUT_LIMIT, reading).await.is_ok();
+            }
+            status
+        };
+        compiled.extend(heard.compiled());
+        match status {
+            None => Err(CompileError::Cancelled),
+            Some(status) if !status.success() && log.no_room.load(Ordering::Relaxed) => {
+                Err(CompileError::NoRoom(self.layout.target()))
+            }
+            Some(status) if !status.success() => {
+                let packages = heard.suspects(&self.layout.tree());
+                let error = error.unwrap_or_else(|| format!("cargo ended with {status}"));
+                Err(CompileError::Failed { error, packages })
+            }
+            Some(_) => heard.finished(),
+        }
     }
 }
 
-/// One run of cargo: what it gave, and what it said of each unit.
+/// Passes a log on, and notes whether anybody complains there that the disk is full.
+struct Watched<'l, L> {
+    log: &'l L,
+    no_room: AtomicBool,
+}
+
+impl<'l, L> Watched<'l, L> {
+    fn new(log: &'l L) -> Self {
+        let no_room = AtomicBool::new(false);
+        Self { log, no_room }
+    }
+}
+
+impl<L: BuildLog> BuildLog for Watched<'_, L> {
+    fn tell(&self, event: EventKind) {
+        if matches!(&event, EventKind::Log { text } if text.contains(FULL)) {
+            self.no_room.store(true, Ordering::Relaxed);
+        }
+        self.log.tell(event);
+    }
+}
+
+/// What cargo said of each unit.
+#[derive(Default)]
+struct Heard {
+    artifacts: Vec<Artifact>,
+    /// Packages with errors.
+    failed: BTreeSet<String>,
+}
+
+/// A run of cargo that succeeded.
 struct Finished {
     built: Built,
     artifacts: Vec<Artifact>,
 }
 
-async fn run(
-    command: &Command,
-    compiled: &mut BTreeSet<String>,
-    log: &impl BuildLog,
-    cancel: &CancellationToken,
-) -> Result<Finished, CompileError> {
-    let mut started = command.start().await.context("cannot start cargo")?;
-    let child = &mut started.child;
-    let stdout = child
-        .stdout
-        .take()
-        .context("cargo has no standard output")?;
-    let stderr = child.stderr.take().context("cargo has no standard error")?;
-    let mut artifacts = Vec::new();
-    let reading = async {
-        tokio::try_join!(
-            read_messages(stdout, &mut artifacts, log),
-            read_talk(stderr, log)
-        )?;
-        child.wait().await
-    };
-    let status = tokio::select! {
-        status = reading => Some(status.context("cannot read what cargo prints")?),
-        () = cancel.cancelled() => None,
-    };
-    compiled.extend(
-        artifacts
-            .iter()
-            .filter(|artifact| !artifact.fresh)
-            .map(unit),
-    );
-    let Some(status) = status else {
-        end_group(started, Signal::INT).await;
-        return Err(CompileError::Cancelled);
-    };
-    // A build script may have left something running in cargo's group.
-    end_group(started, Signal::TERM).await;
-    if !status.success() {
-        return Err(CompileError::Failed(status));
+impl Heard {
+    fn compiled(&self) -> impl Iterator<Item = String> {
+        let compiled = self.artifacts.iter().filter(|artifact| !artifact.fresh);
+        compiled.map(unit)
     }
-    let executable = artifacts
-        .iter()
-        .rev()
-        .find_map(|artifact| artifact.executable.clone());
-    let executable = executable
-        .context("cargo made no executable")?
-        .into_std_path_buf();
-    let fresh = artifacts.iter().filter(|artifact| artifact.fresh).count();
-    Ok(Finished {
-        built: Built { executable, fresh },
-        artifacts,
-    })
-}
 
-/// Ends what is left of cargo's process group: `first`, a grace, SIGKILL, until nothing of it is left.
-async fn end_group(mut started: Started, first: Signal) {
-    let group = started.process();
-    let gone = async {
-        // An error means that somebody else reaped it, so it has ended.
-        let _ = started.child.wait().await.is_ok();
-        while platform::group_is_alive(group) {
-            tokio::time::sleep(GONE_EVERY).await;
+    /// The packages with errors, and those of the tree that were not compiled now: errors may come from what is left of them.
+    fn suspects(self, tree: &Path) -> BTreeSet<String> {
+        let mut suspects = self.failed;
+        if !suspects.is_empty() {
+            let reused = self.artifacts.iter().filter(|artifact| artifact.fresh);
+            let of_tree = reused.filter(|artifact| artifact.manifest_path.starts_with(tree));
+            suspects.extend(of_tree.map(|artifact| artifact.package_id.repr.clone()));
         }
-    };
-    tokio::pin!(gone);
-    platform::signal_group(group, first);
-    if running_timeout(CANCEL_GRACE, &mut gone).await.is_err() {
-        platform::signal_group(group, Signal::KILL);
-        gone.await;
+        suspects
+    }
+
+    fn finished(self) -> Result<Finished, CompileError> {
+        let artifacts = self.artifacts;
+        let executable = artifacts
+            .iter()
+            .rev()
+            .find_map(|artifact| artifact.executable.clone());
+        let executable = executable
+            .context("cargo made no executable")?
+            .into_std_path_buf();
+        let fresh = artifacts.iter().filter(|artifact| artifact.fresh).count();
+        let built = Built { executable, fresh };
+        Ok(Finished { built, artifacts })
     }
 }
 
 /// Cargo's standard output: one JSON message a line. What is no message, as from a build script, is part of the log.
 async fn read_messages(
     stdout: impl AsyncRead + Unpin,
-    artifacts: &mut Vec<Artifact>,
+    heard: &mut Heard,
     log: &impl BuildLog,
 ) -> io::Result<()> {
     let mut lines = BufReader::new(stdout);
@@ -195,9 +276,16 @@ async fn read_messages(
         .is_some()
     {
         match serde_json::from_slice::<Message>(&line) {
-            Ok(Message::CompilerArtifact(artifact)) => artifacts.push(artifact),
-            Ok(Message::CompilerMessage(message)) => {
-                tell_lines(log, &message.message.rendered.unwrap_or_default())
+            Ok(Message::CompilerArtifact(artifact)) => heard.artifacts.push(artifact),
+            Ok(Message::CompilerMessage(CompilerMessage {
+                message,
+                package_id,
+                ..
+            })) => {
+                if message.level == DiagnosticLevel::Error {
+                    heard.failed.insert(package_id.repr);
+                }
+                tell_lines(log, &message.rendered.unwrap_or_default());
             }
             Ok(_) => {}
             Err(_) => tell_lines(log, &String::from_utf8_lossy(&line)),
@@ -207,7 +295,11 @@ async fn read_messages(
 }
 
 /// Cargo's standard error: log lines, and between them a progress line that ends with a carriage return.
-async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::Result<()> {
+async fn read_talk(
+    stderr: impl AsyncRead + Unpin,
+    error: &mut Option<String>,
+    log: &impl BuildLog,
+) -> io::Result<()> {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     while let Some(end) = read_until_any(&mut lines, b"\n\r", &mut line).await? {
@@ -217,10 +309,21 @@ async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::R
         match end {
             b'\r' if !text.is_empty() => log.tell(EventKind::Progress { text: cut(text) }),
             b'\r' => {}
-            _ => log.tell(EventKind::Log { text: cut(text) }),
+            _ => {
+                if error.is_none() {
+                    *error = cargo_error(text);
+                }
+                log.tell(EventKind::Log { text: cut(text) });
+            }
         }
     }
     Ok(())
+}
+
+/// What follows `error: ` if that is how a line of cargo's talk begins.
+fn cargo_error(line: &str) -> Option<String> {
+    let plain = anstream::adapter::strip_str(line).to_string();
+    plain.strip_prefix("error: ").map(cut)
 }
 
 /// Reads up to one of `ends` and gives which it was, `None` at the end of the input. What is beyond the limit is dropped.

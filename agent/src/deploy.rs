@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use rrun_protocol::{
-    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection,
-    SwapMode, Timings, TreeDigest,
+    CheckoutId, EventKind, HistoryEntry, Manifest, Outcome, Plan, Preamble, Project, PushId,
+    Report, Selection, SwapMode, Timings, TreeDigest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -22,13 +22,17 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
-    compile::{BuildLog, CompileError, compile},
+    clock::running_timeout,
+    compile::{Build, BuildLog, CompileError},
+    fault::fault_point,
     output::OutputLine,
     publish::{Generation, Generations},
     receive::Received,
     recipe,
+    room::{self, is_no_room},
     service::{ReplaceError, Replaced, Service},
     shared::{Events, Log, Shared},
+    toolchain::{Mismatch, Toolchain},
     tree::Tree,
 };
 
@@ -40,6 +44,8 @@ const SHOWN_OUTPUT: usize = 50;
 
 /// How long the apps may take to end when the agent does. Cloud Run kills after 10 s.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
+/// How much of that work under way may take first: a build's grace, and what killing it takes.
+const WORK_END_LIMIT: Duration = Duration::from_secs(3);
 
 /// What the control routes ask for.
 pub(crate) enum Request {
@@ -52,7 +58,7 @@ pub(crate) enum Request {
         /// Who signed it.
         by: String,
         /// Gets the push's events, or the tree that lies here if the push starts from another one.
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+        answer: Answer,
     },
     /// Swap to a kept generation, the one before the serving one if none is named.
     Rollback {
@@ -81,11 +87,35 @@ pub(crate) enum Request {
         /// Gets whether there was one.
         answer: oneshot::Sender<bool>,
     },
+    /// Remove what can be made again, because a push found no room. Nothing happens while something is under way.
+    MakeRoom {
+        /// Gets what to do next, if room was made.
+        answer: oneshot::Sender<Option<String>>,
+    },
     /// Stop the app.
     Stop {
         /// Told when it is gone.
         answer: oneshot::Sender<()>,
     },
+}
+
+/// Where the answer to a push goes. It is given when the push is let in, which may be long before its turn.
+pub(crate) struct Answer(Option<oneshot::Sender<Result<Events, TreeDigest>>>);
+
+impl From<oneshot::Sender<Result<Events, TreeDigest>>> for Answer {
+    fn from(sender: oneshot::Sender<Result<Events, TreeDigest>>) -> Self {
+        Self(Some(sender))
+    }
+}
+
+impl Answer {
+    /// The first answer counts.
+    fn give(&mut self, answer: Result<Events, TreeDigest>) {
+        if let Some(sender) = self.0.take() {
+            // Who asked may have left; the push goes on.
+            let _ = sender.send(answer);
+        }
+    }
 }
 
 /// How the deployer ended.
@@ -109,6 +139,8 @@ pub(crate) struct Deployer {
 struct Stop {
     token: CancellationToken,
     superseded_by: OnceLock<PushId>,
+    /// Cancelled when the agent itself ends.
+    shutdown: CancellationToken,
 }
 
 impl Stop {
@@ -138,6 +170,7 @@ impl Deployer {
             shared,
             environment,
             hand_over: None,
+            toolchain: Toolchain::default(),
         };
         (
             Self {
@@ -158,6 +191,7 @@ impl Deployer {
         } = self;
         let shared = Arc::clone(&worker.shared);
         worker.start_last(&shutdown).await;
+        let mut limit = SHUTDOWN_LIMIT;
         let mut waiting: Option<Request> = None;
         while !shutdown.is_cancelled() {
             if waiting.is_none() {
@@ -166,22 +200,30 @@ impl Deployer {
                     () = shutdown.cancelled() => None,
                 };
                 let Some(arrived) = arrived else { break };
-                waiting = admit(&mut newest, &shared, arrived);
+                waiting = admit(&mut newest, &shared, arrived, false);
             }
             let Some(request) = waiting.take() else {
                 continue;
             };
             let under_way = request.push_id();
-            let stop = Stop::default();
+            let stop = Stop {
+                shutdown: shutdown.clone(),
+                ..Stop::default()
+            };
             {
                 let work = worker.take(request, &stop);
                 tokio::pin!(work);
                 loop {
                     let arrived = tokio::select! {
+                        // First, so that a push is let in against the tree that the one under way leaves.
+                        biased;
                         () = &mut work => break,
-                        () = shutdown.cancelled(), if !stop.token.is_cancelled() => {
+                        () = shutdown.cancelled() => {
                             stop.token.cancel();
-                            continue;
+                            limit -= WORK_END_LIMIT;
+                            // Dropped if it takes longer: what it started goes with it.
+                            let _ = running_timeout(WORK_END_LIMIT, &mut work).await.is_ok();
+                            break;
                         }
                         Some(arrived) = mailbox.recv() => arrived,
                     };
@@ -194,7 +236,11 @@ impl Deployer {
                         let _ = answer.send(meant);
                         continue;
                     }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived) else {
+                    if let Request::MakeRoom { answer } = arrived {
+                        let _ = answer.send(None);
+                        continue;
+                    }
+                    let Some(arrived) = admit(&mut newest, &shared, arrived, true) else {
                         continue;
                     };
                     stop.give_way_to(arrived.push_id());
@@ -208,44 +254,90 @@ impl Deployer {
                 return End::HandOver(spec);
             }
         }
-        worker.service.shutdown(SHUTDOWN_LIMIT).await;
+        worker.service.shutdown(limit).await;
         End::Stopped
     }
 }
 
-/// Lets a request in, unless it is already known, older than what was seen of its checkout, or answered at once.
+/// Lets a request in, unless it is already known, older than what was seen of its checkout, made against another tree, or
+/// answered at once. Who sent a push gets its first events here, however long the work under way takes to give way.
 fn admit(
     newest: &mut HashMap<CheckoutId, (u64, PushId)>,
     shared: &Shared,
     request: Request,
+    is_busy: bool,
 ) -> Option<Request> {
     match request {
         Request::Cancel { answer, .. } => {
             let _ = answer.send(false);
             None
         }
-        Request::Push { id, answer, .. } if shared.events(id).is_some() => {
-            let _ = answer.send(Ok(shared.events(id)?));
+        Request::Push { id, mut answer, .. } if shared.events(id).is_some() => {
+            answer.give(Ok(shared.events(id)?));
             None
         }
         Request::Push {
-            id, ref received, ..
+            id,
+            received,
+            by,
+            mut answer,
         } => {
-            if let Some(preamble) = &received.preamble {
-                let seen = newest
-                    .entry(preamble.checkout)
-                    .or_insert((preamble.sequence, id));
-                if preamble.sequence < seen.0 {
-                    let newer = seen.1;
-                    request.supersede(shared, Some(newer));
-                    return None;
-                }
-                *seen = (preamble.sequence, id);
+            let newer = received
+                .preamble
+                .as_ref()
+                .and_then(|preamble| newer_scan(newest, preamble, id));
+            let tree = shared.status().tree;
+            if newer.is_none() && !fits_on(&received, tree) {
+                answer.give(Err(tree));
+                return None;
+            }
+            let events = shared.start_push(id);
+            events.append(EventKind::Received {
+                push: id,
+                tree: received.target.tree_digest(),
+                changed: received.changed,
+                deleted: received.deleted,
+            });
+            answer.give(Ok(Arc::clone(&events)));
+            let request = Request::Push {
+                id,
+                received,
+                by,
+                answer,
+            };
+            if newer.is_some() {
+                request.supersede(shared, newer);
+                return None;
+            }
+            if is_busy {
+                let reason = "the one before it is being stopped".to_owned();
+                events.append(EventKind::Waiting { reason });
             }
             Some(request)
         }
         request => Some(request),
     }
+}
+
+/// Notes a scan's number; gives the push of a newer scan of the same checkout, if there was one.
+fn newer_scan(
+    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
+    preamble: &Preamble,
+    id: PushId,
+) -> Option<PushId> {
+    let this = (preamble.sequence, id);
+    let seen = newest.entry(preamble.checkout).or_insert(this);
+    if this.0 < seen.0 {
+        return Some(seen.1);
+    }
+    *seen = this;
+    None
+}
+
+/// Whether a push starts from `tree`, or brings a whole one.
+fn fits_on(received: &Received, tree: TreeDigest) -> bool {
+    let base = received.preamble.as_ref().map(|preamble| preamble.base);
+    base.is_none_or(|base| base == tree || base == Manifest::default().tree_digest())
 }
 
 impl Request {
@@ -255,13 +347,13 @@ impl Request {
             Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
                 Some(*id)
             }
-            Self::Cancel { .. } | Self::Stop { .. } => None,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => None,
         }
     }
 
     /// Ends a request that was never begun, because a newer one is there.
     fn supersede(self, shared: &Shared, newer: Option<PushId>) {
-        let (id, tree, answer) = match self {
+        let (id, tree, mut answer): (_, _, Answer) = match self {
             Self::Push {
                 id,
                 received,
@@ -269,9 +361,9 @@ impl Request {
                 ..
             } => (id, received.target.tree_digest(), answer),
             Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
-                (id, shared.status().tree, answer)
+                (id, shared.status().tree, answer.into())
             }
-            Self::Cancel { .. } | Self::Stop { .. } => return,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => return,
         };
         let events = shared.start_push(id);
         events.append(EventKind::Finished(Report {
@@ -284,7 +376,7 @@ impl Request {
             timings_ms: Timings::default(),
         }));
         events.finish();
-        let _ = answer.send(Ok(events));
+        answer.give(Ok(events));
     }
 }
 
@@ -296,6 +388,7 @@ struct Worker {
     shared: Arc<Shared>,
     environment: Vec<(OsString, OsString)>,
     hand_over: Option<Box<AppSpec>>,
+    toolchain: Toolchain,
 }
 
 /// One exchange under way: where its events go, and what its report will say.
@@ -347,6 +440,9 @@ impl Exchange<'_> {
     fn stopped(&self) -> Ending {
         match self.stop.superseded_by.get() {
             Some(_) => Ending::because(Outcome::Superseded, "a newer push took its place"),
+            None if self.stop.shutdown.is_cancelled() => {
+                Ending::because(Outcome::Cancelled, "the agent was told to end")
+            }
             None => Ending::of(Outcome::Cancelled),
         }
     }
@@ -357,38 +453,45 @@ impl Worker {
     async fn start_last(&mut self, shutdown: &CancellationToken) {
         self.shared
             .set_tree(self.tree.manifest(), self.tree.digest());
-        let Some(generation) = self.generations.serving().cloned() else {
-            return self.show();
-        };
-        tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
-        let spec = self.generations.spec(&generation, &self.environment);
-        if let Err(error) = self.service.replace(spec, shutdown).await {
-            tracing::error!("generation {} does not start: {error}", generation.number);
+        let last = self.generations.serving().cloned();
+        let directory = last
+            .as_ref()
+            .and_then(|last| last.plan.build.directory.clone());
+        if let Some(generation) = last {
+            tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
+            let spec = self.generations.spec(&generation, &self.environment);
+            if let Err(error) = self.service.replace(spec, shutdown).await {
+                tracing::error!("generation {} does not start: {error}", generation.number);
+            }
         }
         self.show();
+        let manifest = self.tree.manifest();
+        let asked = self
+            .toolchain
+            .check(&self.shared, manifest, directory.as_ref());
+        if let Err(Mismatch { reason, .. }) = asked.await {
+            tracing::warn!("{reason}");
+        }
     }
 
     /// Carries one request to its end.
     async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
             Request::Push {
-                id,
-                received,
-                by,
-                answer,
-            } => self.take_push(id, *received, by, answer, stop).await,
+                id, received, by, ..
+            } => self.take_push(id, *received, by, stop).await,
             Request::Rollback {
                 id,
                 generation,
                 by,
                 answer,
             } => {
-                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let exchange = self.begin_without_files(id, by, stop);
                 let _ = answer.send(Ok(Arc::clone(&exchange.events)));
                 self.rollback(exchange, generation).await;
             }
             Request::Restart { id, by, answer } => {
-                let exchange = self.begin(id, by, self.tree.digest(), stop);
+                let exchange = self.begin_without_files(id, by, stop);
                 let _ = answer.send(Ok(Arc::clone(&exchange.events)));
                 self.restart(exchange).await;
             }
@@ -404,37 +507,34 @@ impl Worker {
             Request::Cancel { answer, .. } => {
                 let _ = answer.send(false);
             }
+            Request::MakeRoom { answer } => {
+                let _ = answer.send(Some(self.make_room()));
+            }
         }
         self.show();
     }
 
-    async fn take_push(
-        &mut self,
-        id: PushId,
-        received: Received,
-        by: String,
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
-        stop: &Stop,
-    ) {
-        // The tree may have changed since the push was received.
-        let base = received.preamble.as_ref().map(|preamble| preamble.base);
-        let is_whole =
-            base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
-        if !is_whole && base != Some(self.tree.digest()) {
-            let _ = answer.send(Err(self.tree.digest()));
-            return;
-        }
+    async fn take_push(&mut self, id: PushId, received: Received, by: String, stop: &Stop) {
+        fault_point!("staged");
+        let recovered = self.tree.recover();
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
         let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
-        let _ = answer.send(Ok(Arc::clone(&exchange.events)));
-        exchange.tell(EventKind::Received {
-            push: id,
-            tree: exchange.tree,
-            changed: received.changed,
-            deleted: received.deleted,
-        });
-        let ending = self.push(&mut exchange, received).await;
-        let ending =
-            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        if !fits_on(&received, self.tree.digest()) {
+            return self.end(
+                exchange,
+                Ending {
+                    outcome: Outcome::Refused,
+                    reason: Some("the agent's tree changed while the push waited".to_owned()),
+                    hint: Some("push again".to_owned()),
+                },
+            );
+        }
+        let ending = match recovered {
+            Ok(()) => self.push(&mut exchange, received).await,
+            Err(error) => Err(error.context("the tree is not whole since an earlier failure")),
+        };
+        let ending = ending.unwrap_or_else(|error| self.failed(&error));
         self.end(exchange, ending);
     }
 
@@ -480,6 +580,18 @@ impl Worker {
                 other.number, other.by
             );
             exchange.warn(text, None);
+        }
+        let asked = self.toolchain.check(
+            &self.shared,
+            self.tree.manifest(),
+            plan.build.directory.as_ref(),
+        );
+        if let Err(Mismatch { reason, hint }) = asked.await {
+            return Ok(Ending {
+                outcome: Outcome::BuildFailed,
+                reason: Some(reason),
+                hint: Some(hint),
+            });
         }
         let generation = match self.generations.find(&identity).cloned() {
             Some(kept) => kept,
@@ -565,18 +677,24 @@ impl Worker {
         let build_plan = plan.build.digest();
         let touched = self.tree.touched(&build_plan);
         let mut compiled = BTreeSet::new();
-        let layout = self.shared.layout.clone();
-        let result = compile(
-            &layout,
-            &plan.build,
-            &touched,
-            &mut compiled,
-            &build_log,
-            &exchange.stop.token,
-        )
-        .await;
+        let build = Build {
+            layout: &self.shared.layout,
+            plan: &plan.build,
+            touched: &touched,
+            after_interruption: self.tree.build_begins(),
+            log: &build_log,
+            cancel: &exchange.stop.token,
+        };
+        let result = build.compile(&mut compiled).await;
+        fault_point!("built");
         log.finish();
-        self.tree.build_ended()?;
+        // What a full disk cut off may be broken too.
+        let no_room = matches!(result, Err(CompileError::NoRoom(_)));
+        if no_room {
+            self.make_room();
+        }
+        let by_itself = !no_room && !matches!(result, Err(CompileError::Cancelled));
+        self.tree.build_ended(by_itself);
         let millis = millis_since(started);
         exchange.timings.build = Some(millis);
         let (success, fresh) = result
@@ -589,16 +707,24 @@ impl Worker {
             millis,
         });
         if result.is_err() {
-            self.tree.partly_built(build_plan, &compiled)?;
+            self.tree.partly_built(build_plan, &compiled);
         }
         let built = match result {
             Ok(built) => built,
-            Err(CompileError::Failed(_)) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
+            Err(CompileError::Failed { error, .. }) => {
+                return Ok(Err(Ending {
+                    outcome: Outcome::BuildFailed,
+                    hint: missing_crate_hint(&error),
+                    reason: Some(error),
+                }));
+            }
             Err(CompileError::Cancelled) => return Ok(Err(exchange.stopped())),
-            Err(error @ CompileError::Stale(_)) => return Err(error.into()),
+            Err(error @ (CompileError::Stale(_) | CompileError::NoRoom(_))) => {
+                return Err(error.into());
+            }
             Err(CompileError::Other(error)) => return Err(error),
         };
-        self.tree.built(build_plan)?;
+        self.tree.built(build_plan);
         let (tree, by, push) = (self.tree.digest(), exchange.by.clone(), Some(exchange.id));
         let generation =
             self.generations
@@ -644,7 +770,7 @@ impl Worker {
                 warnings
                     .into_iter()
                     .for_each(|(text, hint)| exchange.warn(text, hint));
-                self.generations.set_serving(generation.number)?;
+                self.note_serving(exchange, generation.number);
                 if hands_over {
                     self.hand_over = Some(Box::new(spec));
                     return Ok(Ending::of(Outcome::HandedOver));
@@ -675,6 +801,42 @@ impl Worker {
         }
     }
 
+    /// Writes down what serves now. It serves, so a failure here only concerns the agent's next start.
+    fn note_serving(&mut self, exchange: &Exchange<'_>, number: u64) {
+        let mut noted = self.generations.set_serving(number);
+        if noted.as_ref().is_err_and(is_no_room) {
+            self.make_room();
+            noted = self.generations.set_serving(number);
+        }
+        if let Err(error) = noted {
+            let text =
+                format!("an agent that starts again would serve an older version: {error:#}");
+            exchange.warn(text, None);
+        }
+    }
+
+    /// The end of a push that failed on the agent's side. A full disk gets room for the next one.
+    fn failed(&mut self, error: &anyhow::Error) -> Ending {
+        let ending = Ending::because(Outcome::Failed, format!("{error:#}"));
+        if !is_no_room(error) {
+            return ending;
+        }
+        let hint = self.make_room();
+        Ending {
+            hint: Some(hint),
+            ..ending
+        }
+    }
+
+    /// Removes what can be made again, and says what to do next.
+    fn make_room(&mut self) -> String {
+        let serving = self.serving().map(|serving| serving.number);
+        if let Err(error) = self.generations.keep_only(serving) {
+            tracing::warn!("{error:#}");
+        }
+        room::make(&self.shared.layout)
+    }
+
     async fn rollback(&mut self, mut exchange: Exchange<'_>, wanted: Option<u64>) {
         let serving = self.serving().map(|serving| serving.number);
         let found = self.generations.kept().find(|generation| match wanted {
@@ -692,8 +854,7 @@ impl Worker {
                 hint: Some("`rrun status` names those that are kept".to_owned()),
             }),
         };
-        let ending =
-            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        let ending = ending.unwrap_or_else(|error| self.failed(&error));
         self.end(exchange, ending);
     }
 
@@ -708,9 +869,21 @@ impl Worker {
                 "nothing serves that could be restarted",
             )),
         };
-        let ending =
-            ending.unwrap_or_else(|error| Ending::because(Outcome::Failed, format!("{error:#}")));
+        let ending = ending.unwrap_or_else(|error| self.failed(&error));
         self.end(exchange, ending);
+    }
+
+    /// Starts an exchange that sends no files. Its first event names it, so that it can be taken up like a push.
+    fn begin_without_files<'s>(&self, id: PushId, by: String, stop: &'s Stop) -> Exchange<'s> {
+        let exchange = self.begin(id, by, self.tree.digest(), stop);
+        let (tree, changed, deleted) = (exchange.tree, 0, 0);
+        exchange.tell(EventKind::Received {
+            push: id,
+            tree,
+            changed,
+            deleted,
+        });
+        exchange
     }
 
     fn begin<'s>(&self, id: PushId, by: String, tree: TreeDigest, stop: &'s Stop) -> Exchange<'s> {
@@ -808,6 +981,23 @@ fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
             text: line.text.clone(),
         });
     }
+}
+
+/// What to do if cargo could not get a crate, as where the agent has no network.
+fn missing_crate_hint(error: &str) -> Option<String> {
+    let signs = [
+        "no matching package",
+        "failed to get `",
+        "failed to download",
+        "failed to load source",
+        "failed to select a version",
+        "unable to update registry",
+    ];
+    let is_missing = signs
+        .iter()
+        .any(|sign| error.to_ascii_lowercase().contains(sign));
+    let hint = "give the agent a network for crates it does not have, or build its image anew";
+    is_missing.then(|| hint.to_owned())
 }
 
 /// A build's lines go to its own log, and with everything else to the push's events.

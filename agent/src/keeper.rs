@@ -16,6 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::{
     app::{App, AppSpec, ReadyApp, start_ready},
     clock::running_sleep,
+    fault::fault_point,
     output::Output,
     proxy::Route,
     service::Turn,
@@ -273,6 +274,7 @@ impl Keeping {
     /// Lets requests finish, then stops it; not if the wish to serve comes back before.
     async fn wind_down(&mut self, mut running: Running) -> Option<Running> {
         self.hold(String::from("the app is being replaced"));
+        fault_point!("draining");
         let (requests, streams) = (self.spec.run.drain_limit, self.spec.run.stream_drain_limit);
         let drained = {
             let upstream = Arc::clone(&running.upstream);

@@ -17,6 +17,8 @@ use std::{
 use anyhow::Context as _;
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::fault::fault_point;
+
 /// The agent's workspace folder.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
@@ -88,6 +90,7 @@ impl Layout {
             let bytes = postcard::to_stdvec(value).map_err(io::Error::other)?;
             let file = tempfile::NamedTempFile::new_in(self.staging())?;
             fs::write(file.path(), bytes)?;
+            fault_point!("state written");
             file.persist(&path)?;
             Ok(())
         };

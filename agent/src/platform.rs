@@ -7,10 +7,20 @@ use std::{
     collections::{HashMap, HashSet},
     net::{SocketAddr, TcpListener},
     sync::OnceLock,
+    time::Duration,
 };
 
 use listeners::{Protocol, SocketState};
 use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+
+use crate::child::Leftovers;
+#[cfg(target_os = "linux")]
+use crate::child::Registered;
+
+/// How often what is left is killed: about two seconds, in which the kernel is done with anything it can end.
+const KILL_ROUNDS: u32 = 500;
+/// Pause between these rounds.
+const KILL_PAUSE: Duration = Duration::from_millis(4);
 
 /// Listening TCP sockets, as seen from one process group.
 #[derive(Debug, Default)]
@@ -67,14 +77,14 @@ fn belongs(processes: &HashMap<u32, Process>, process: u32, group: u32) -> bool 
         .is_some_and(|pid| {
             getpgid(Some(pid)).is_ok_and(|of| of.as_raw_nonzero().get() as u32 == group)
         });
-    in_group || descends(processes, process, group)
+    in_group || descends(processes, process, &HashSet::from([group]))
 }
 
-fn descends(processes: &HashMap<u32, Process>, process: u32, ancestor: u32) -> bool {
+fn descends(processes: &HashMap<u32, Process>, process: u32, roots: &HashSet<u32>) -> bool {
     let mut seen = HashSet::new();
     let mut at = process;
     while seen.insert(at) {
-        if at == ancestor {
+        if roots.contains(&at) {
             return true;
         }
         match processes.get(&at) {
@@ -93,6 +103,14 @@ pub(crate) fn signal_group(group: u32, signal: Signal) {
     }
 }
 
+/// Sends a signal to one process.
+pub(crate) fn signal(process: u32, signal: Signal) {
+    if let Some(pid) = pid(process) {
+        // It may have ended by now.
+        let _ = kill_process(pid, signal).is_ok();
+    }
+}
+
 /// A process that may have left its group, and when it started: numbers are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Descendant {
@@ -101,12 +119,16 @@ pub(crate) struct Descendant {
 }
 
 impl Descendant {
-    /// Ends it, if it is still the same process.
-    pub(crate) fn kill(self) {
-        let same = process(self.process).is_some_and(|now| now.started == self.started);
+    /// Sends it a signal, if it is still the same process.
+    pub(crate) fn send(self, signal: Signal) {
+        let same = identity(self.process) == Some(self.started);
         if let (true, Some(pid)) = (same, pid(self.process)) {
-            // It may have ended by now.
-            let _ = kill_process(pid, Signal::KILL).is_ok();
+            // It may have ended by now. Where descendants cannot be listed, only leaders of groups are known.
+            let _ = if cfg!(target_os = "linux") {
+                kill_process(pid, signal).is_ok()
+            } else {
+                kill_process_group(pid, signal).is_ok()
+            };
         }
     }
 
@@ -129,20 +151,65 @@ struct Process {
     dead: bool,
 }
 
-/// Everything alive that started in `group`: its members, their descendants, and processes whose parents are gone and
-/// whose environment names the group's private port.
+/// Everything alive that started in `group`: its members, processes whose parents are gone and whose environment holds
+/// `mark`, and all descendants of these.
 #[cfg(target_os = "linux")]
-pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(group: u32, mark: Option<&[u8]>) -> Vec<Descendant> {
     let processes = processes();
-    let own = std::process::id();
-    let belongs = |number: u32, process: &Process| {
+    let adopters = line_of_parents(&processes);
+    let is_root = |number: u32, process: &Process| {
         process.group == group
-            || descends(&processes, number, group)
-            || is_orphan(process, own) && names_port(number, port)
+            || number == group
+            || adopters.contains(&process.parent)
+                && mark.is_some_and(|mark| has_in_environment(number, mark))
     };
+    let roots = roots(&processes, &adopters, is_root);
+    found(&processes, &roots)
+}
+
+/// The agent and everything above it: orphans below the agent are adopted by one of these.
+#[cfg(target_os = "linux")]
+fn line_of_parents(processes: &HashMap<u32, Process>) -> HashSet<u32> {
+    let mut line = HashSet::new();
+    let mut at = std::process::id();
+    while line.insert(at) {
+        match processes.get(&at) {
+            Some(process) => at = process.parent,
+            None => break,
+        }
+    }
+    line
+}
+
+#[cfg(target_os = "linux")]
+fn has_in_environment(process: u32, mark: &[u8]) -> bool {
+    std::fs::read(format!("/proc/{process}/environ")).is_ok_and(|environment| {
+        environment
+            .split(|byte| *byte == 0)
+            .any(|line| line == mark)
+    })
+}
+
+/// Processes that are meant, the agent and what is above it never among them.
+#[cfg(target_os = "linux")]
+fn roots(
+    processes: &HashMap<u32, Process>,
+    adopters: &HashSet<u32>,
+    is_root: impl Fn(u32, &Process) -> bool,
+) -> HashSet<u32> {
     processes
         .iter()
-        .filter(|(number, process)| **number != own && !process.dead && belongs(**number, process))
+        .filter(|(number, process)| !adopters.contains(number) && is_root(**number, process))
+        .map(|(number, _)| *number)
+        .collect()
+}
+
+/// What is alive of `roots` and their descendants.
+#[cfg(target_os = "linux")]
+fn found(processes: &HashMap<u32, Process>, roots: &HashSet<u32>) -> Vec<Descendant> {
+    processes
+        .iter()
+        .filter(|(number, process)| !process.dead && descends(processes, **number, roots))
         .map(|(number, process)| Descendant {
             process: *number,
             started: process.started,
@@ -150,26 +217,92 @@ pub(crate) fn descendants(group: u32, port: u16) -> Vec<Descendant> {
         .collect()
 }
 
-/// Adopted by the agent, or by process 1 where the agent adopts nobody.
-#[cfg(target_os = "linux")]
-fn is_orphan(process: &Process, own: u32) -> bool {
-    process.parent == own || process.parent == 1
-}
-
-#[cfg(target_os = "linux")]
-fn names_port(process: u32, port: u16) -> bool {
-    let wanted = format!("PORT={port}");
-    std::fs::read(format!("/proc/{process}/environ")).is_ok_and(|environment| {
-        environment
-            .split(|byte| *byte == 0)
-            .any(|variable| variable == wanted.as_bytes())
-    })
+/// Kills everything that started in `group` until nothing is left, which may have been about to start more.
+pub(crate) fn kill_descendants(group: u32, mark: Option<&[u8]>) {
+    for _ in 0..KILL_ROUNDS {
+        let left = descendants(group, mark);
+        if left.is_empty() {
+            return;
+        }
+        for descendant in left {
+            descendant.send(Signal::KILL);
+        }
+        std::thread::sleep(KILL_PAUSE);
+    }
 }
 
 /// The group's members cannot be listed here; they are reached by signals to the group.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn descendants(_group: u32, _port: u16) -> Vec<Descendant> {
+pub(crate) fn descendants(_group: u32, _mark: Option<&[u8]>) -> Vec<Descendant> {
     Vec::new()
+}
+
+/// What is left of the processes that an earlier agent registered, and of what they started.
+///
+/// A number alone proves nothing, as it is used again. The leader of a group is known by its start time. Where it has ended,
+/// its group is known by the mark in its members' environment, and who left the group by that and by having been adopted.
+#[cfg(target_os = "linux")]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let same_boot = left.boot == boot();
+    if left.processes.is_empty() || !same_boot {
+        return Vec::new();
+    }
+    let processes = processes();
+    let adopters = line_of_parents(&processes);
+    let leader_lives = |number: u32, started: u64| {
+        let now = processes.get(&number);
+        now.is_some_and(|now| now.started == started && !now.dead)
+    };
+    let is_left = |number: u32, process: &Process, registered: &Registered| {
+        let has_mark = || {
+            let mark = registered.mark.as_deref();
+            mark.is_some_and(|mark| has_in_environment(number, mark))
+        };
+        match registered.process {
+            Some((leader, started)) if leader_lives(leader, started) && process.group == leader => {
+                true
+            }
+            Some((leader, _)) if process.group == leader => has_mark(),
+            _ => adopters.contains(&process.parent) && has_mark(),
+        }
+    };
+    let roots = roots(&processes, &adopters, |number, process| {
+        let mut registered = left.processes.iter();
+        process.started >= left.since
+            && registered.any(|registered| is_left(number, process, registered))
+    });
+    found(&processes, &roots)
+}
+
+/// The groups' leaders: what left a group cannot be found here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn leftovers(left: &Leftovers) -> Vec<Descendant> {
+    let leaders = left.processes.iter().filter_map(|left| left.process);
+    leaders
+        .map(|(process, started)| Descendant { process, started })
+        .filter(|leader| identity(leader.process) == Some(leader.started))
+        .collect()
+}
+
+/// What tells a process from every other one that ever had its number: its start time.
+#[cfg(target_os = "linux")]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    Some(process(number)?.started)
+}
+
+/// What tells a process from every other one that ever had its number: its start time, as `ps` tells it.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn identity(number: u32) -> Option<u64> {
+    use sha2::{Digest as _, Sha256};
+    let started = crate::child::ask("/bin/ps", &["-o", "lstart=", "-p", &number.to_string()])?;
+    let digest: [u8; 32] = Sha256::digest(started).into();
+    let (first, _) = digest.split_first_chunk()?;
+    Some(u64::from_be_bytes(*first))
+}
+
+/// The machine's boot; nothing where it cannot be told.
+pub(crate) fn boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Whether a process of the group still runs; one that ended and waits for its parent does not count.

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use rrun_protocol::{Digest, Manifest, Plan, PushId, TreeDigest, TreePath};
 use serde::{Deserialize, Serialize};
 
-use crate::{app::AppSpec, layout::Layout};
+use crate::{app::AppSpec, fault::fault_point, layout::Layout};
 
 /// Generations that are kept to roll back to, the serving one included.
 const KEPT: usize = 3;
@@ -68,8 +68,7 @@ impl Generations {
             let folder = item?.path();
             match read(&folder) {
                 Some(generation) => kept.push(generation),
-                None => fs::remove_dir_all(&folder)
-                    .with_context(|| format!("cannot remove `{}`", folder.display()))?,
+                None => remove(layout, &folder)?,
             }
         }
         kept.sort_by_key(|generation: &Generation| generation.number);
@@ -92,6 +91,7 @@ impl Generations {
     /// Notes that `number` serves now, and removes generations beyond those that are kept.
     pub(crate) fn set_serving(&mut self, number: u64) -> anyhow::Result<()> {
         self.layout.store(SERVING, &number)?;
+        fault_point!("serving noted");
         while self.kept.len() > KEPT {
             let Some(oldest) = self
                 .kept
@@ -103,6 +103,15 @@ impl Generations {
             self.remove(oldest.number)?;
         }
         Ok(())
+    }
+
+    /// Removes all but `serving`, to make room.
+    pub(crate) fn keep_only(&mut self, serving: Option<u64>) -> anyhow::Result<()> {
+        let numbers = self.kept.iter().map(|generation| generation.number);
+        let others: Vec<u64> = numbers.filter(|number| Some(*number) != serving).collect();
+        others
+            .into_iter()
+            .try_for_each(|number| self.remove(number))
     }
 
     /// Notes that nothing serves.
@@ -129,31 +138,44 @@ impl Generations {
         describe: impl FnOnce(u64) -> Generation,
     ) -> anyhow::Result<Generation> {
         let generation = describe(self.next);
-        let staging = tempfile::TempDir::new_in(self.layout.staging())?;
-        let files = staging.path().join(FILES);
-        fs::create_dir(&files)?;
-        link(executable, &staging.path().join(EXECUTABLE))?;
-        for (path, place) in assets(&generation.plan, manifest) {
-            link(&self.layout.tree().join(path), &files.join(place))
-                .with_context(|| format!("cannot publish `{path}`"))?;
-        }
-        fs::write(
-            staging.path().join(DESCRIPTION),
-            serde_json::to_vec(&generation)?,
-        )?;
         let folder = self.folder(generation.number);
-        fs::rename(staging.keep(), &folder)
+        self.fill(&generation, executable, manifest)
+            .and_then(|staging| {
+                fault_point!("publishing");
+                Ok(fs::rename(staging.path(), &folder)?)
+            })
             .with_context(|| format!("cannot publish `{}`", folder.display()))?;
+        fault_point!("published");
         self.next += 1;
         self.kept.push(generation.clone());
         Ok(generation)
     }
 
+    /// Lays a generation out in a folder of its own, which goes unless it is renamed.
+    fn fill(
+        &self,
+        generation: &Generation,
+        executable: &Path,
+        manifest: &Manifest,
+    ) -> anyhow::Result<tempfile::TempDir> {
+        let staging = tempfile::TempDir::new_in(self.layout.staging())?;
+        let files = staging.path().join(FILES);
+        fs::create_dir(&files)?;
+        link(executable, &staging.path().join(EXECUTABLE))
+            .with_context(|| format!("`{}`", executable.display()))?;
+        for (path, place) in assets(&generation.plan, manifest) {
+            link(&self.layout.tree().join(path), &files.join(place))
+                .with_context(|| format!("`{path}`"))?;
+        }
+        let description = serde_json::to_vec(generation)?;
+        fs::write(staging.path().join(DESCRIPTION), description).context(DESCRIPTION)?;
+        Ok(staging)
+    }
+
     /// Removes a generation, as one that never became ready.
     pub(crate) fn remove(&mut self, number: u64) -> anyhow::Result<()> {
-        let folder = self.folder(number);
         self.kept.retain(|generation| generation.number != number);
-        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))
+        remove(&self.layout, &self.folder(number))
     }
 
     /// How to start `generation`, in `environment`.
@@ -175,6 +197,19 @@ impl Generations {
     fn folder(&self, number: u64) -> PathBuf {
         self.layout.generations().join(number.to_string())
     }
+}
+
+/// Removes a generation's folder all at once: half of one would look whole after a crash.
+fn remove(layout: &Layout, folder: &Path) -> anyhow::Result<()> {
+    let remove = || -> io::Result<()> {
+        // Of its own number, because a folder with a random name would have to be made first, on a disk that may be full.
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let removed = layout.staging().join(format!("generation-{name}"));
+        fs::rename(folder, &removed)?;
+        fault_point!("generation removed");
+        fs::remove_dir_all(removed)
+    };
+    remove().with_context(|| format!("cannot remove `{}`", folder.display()))
 }
 
 fn read(folder: &Path) -> Option<Generation> {

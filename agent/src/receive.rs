@@ -1,9 +1,9 @@
 //! A push's body into checked files beside the tree. Nothing in the tree changes here.
 //!
-//! The body's own digest was checked before; this takes it apart, checks it against the base and gives the tree that results,
+//! The digests of body and upload were checked before; this takes it apart, checks it against the base and gives the tree that results,
 //! which is the announced one or an error that names the entry.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::read::GzDecoder;
 use rrun_protocol::{
@@ -13,6 +13,7 @@ use rrun_protocol::{
 
 use crate::{
     layout::Layout,
+    room,
     tree::{Staged, Tree},
 };
 
@@ -75,32 +76,53 @@ impl ReceiveError {
             Self::Store(_) | Self::Archive(ArchiveError::Store { .. })
         )
     }
+
+    /// Whether the agent's disk is full.
+    pub(crate) fn is_no_room(&self) -> bool {
+        match self {
+            Self::Store(source) | Self::Archive(ArchiveError::Store { source, .. }) => {
+                room::is_full(source)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Takes `body` apart against `base`, the manifest of the present tree.
 pub(crate) fn receive(
     layout: &Layout,
     base: &Manifest,
-    body: &[u8],
+    mut body: impl Read,
     content_encoding: &str,
 ) -> Result<Received, ReceiveError> {
     let staged = Staged::new(layout).map_err(ReceiveError::Store)?;
+    let start = read_start(&mut body).map_err(ReceiveError::Store)?;
     match content_encoding {
-        "" if Preamble::is_push(body) => receive_push(layout, base, body, staged),
-        "" if !body.starts_with(GZIP_MAGIC) => receive_whole_tree(base, body, staged),
-        "" | "gzip" => receive_whole_tree(base, GzDecoder::new(body), staged),
+        "" if Preamble::is_push(&start) => receive_push(layout, base, &start, body, staged),
+        "" if !start.starts_with(GZIP_MAGIC) => receive_whole_tree(base, start.chain(body), staged),
+        "" | "gzip" => receive_whole_tree(base, GzDecoder::new(start.chain(body)), staged),
         other => Err(ReceiveError::Encoding(other.chars().take(40).collect())),
     }
+}
+
+/// As much as decides what a body is and holds any preamble.
+fn read_start(body: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut start = Vec::new();
+    body.take(Preamble::MAX_START_BYTES as u64)
+        .read_to_end(&mut start)?;
+    Ok(start)
 }
 
 fn receive_push(
     layout: &Layout,
     base: &Manifest,
-    body: &[u8],
+    start: &[u8],
+    rest: impl Read,
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
-    let (preamble, payload) = Preamble::from_body(body)?;
+    let (preamble, payload) = Preamble::from_body(start)?;
     preamble.plan.check()?;
+    let mut payload = BufReader::new(payload.chain(rest));
     // A push against the empty tree brings everything, so it fits on whatever lies here.
     let nothing = Manifest::default();
     let base = if preamble.base == nothing.tree_digest() {
@@ -121,7 +143,8 @@ fn receive_push(
         Vec::new()
     };
     let mut entries = Vec::new();
-    if !payload.is_empty() {
+    let has_files = !payload.fill_buf().map_err(ReceiveError::Store)?.is_empty();
+    if has_files {
         let mut archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
         entries = unpack(&mut archive, ArchiveRules::Push, &staged)?;
         archive.finish()?;
@@ -280,7 +303,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let layout = Layout::create(folder.path()).unwrap();
             let mut tree = Tree::open(&layout).unwrap();
-            let received = receive(&layout, tree.manifest(), &archive(files), "").unwrap();
+            let received = receive(&layout, tree.manifest(), &archive(files)[..], "").unwrap();
             tree.apply(received.target, &received.staged).unwrap();
             Self {
                 _folder: folder,
@@ -384,12 +407,13 @@ mod tests {
         gzip.write_all(&tar).unwrap();
         let gzip = gzip.finish().unwrap();
         for (body, encoding) in [(&tar, ""), (&gzip, "gzip"), (&gzip, "")] {
-            let received = receive(&bench.layout, bench.tree.manifest(), body, encoding).unwrap();
+            let received =
+                receive(&bench.layout, bench.tree.manifest(), &body[..], encoding).unwrap();
             assert_eq!(received.target, manifest(&[("a", Kind::File, "2")]));
             assert_eq!((received.changed, received.deleted), (1, 1));
         }
         assert!(matches!(
-            receive(&bench.layout, bench.tree.manifest(), &tar, "br"),
+            receive(&bench.layout, bench.tree.manifest(), &tar[..], "br"),
             Err(ReceiveError::Encoding(name)) if name == "br"
         ));
     }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rrun_protocol::BuildPlan;
+use rrun_protocol::{BuildPlan, TreePath};
 use tokio::io::AsyncReadExt as _;
 
 use crate::{child, layout::Layout};
@@ -52,13 +52,18 @@ const PASSED_ON: [&str; 31] = [
 ///
 /// Lines for backtraces and no more: less debug information to write and link saves a fifth of an incremental build.
 /// Incremental is said out loud because cargo turns it off where `CI` is set.
-const ALWAYS: [(&str, &str); 5] = [
+/// A toolchain that the image does not have is an error, not a download into the instance's memory at each push.
+const ALWAYS: [(&str, &str); 6] = [
     ("CARGO_INCREMENTAL", "1"),
     ("CARGO_PROFILE_DEV_DEBUG", "line-tables-only"),
     ("CARGO_TERM_COLOR", "always"),
     ("CARGO_TERM_PROGRESS_WHEN", "always"),
     ("CARGO_TERM_PROGRESS_WIDTH", "80"),
+    ("RUSTUP_AUTO_INSTALL", "0"),
 ];
+
+/// Names cargo's target directory, and so whose build a process belongs to.
+const TARGET_DIRECTORY: &str = "CARGO_TARGET_DIR";
 
 /// A call of cargo or rustc.
 #[derive(Clone, Debug)]
@@ -91,6 +96,7 @@ impl Command {
             arguments: self.arguments.clone(),
             directory: &self.folder,
             environment: self.environment.clone(),
+            known_by: TARGET_DIRECTORY,
         };
         child::start(&spec).await
     }
@@ -178,18 +184,23 @@ pub(crate) fn metadata(folder: &Path) -> Command {
     command.arguments(["metadata", "--no-deps", "--format-version", "1"])
 }
 
-/// `rustc --version` as the tree's toolchain file selects it.
-pub(crate) fn toolchain(layout: &Layout) -> Command {
-    Command::new("rustc", &layout.tree(), base_environment()).arguments(["--version"])
+/// `rustc --version` as a toolchain file in the tree selects it.
+pub(crate) fn toolchain(layout: &Layout, directory: Option<&TreePath>) -> Command {
+    Command::new("rustc", &folder(layout, directory), base_environment()).arguments(["--version"])
+}
+
+/// A folder of the tree; `None` is its root.
+fn folder(layout: &Layout, directory: Option<&TreePath>) -> PathBuf {
+    match directory {
+        Some(directory) => layout.tree().join(directory),
+        None => layout.tree(),
+    }
 }
 
 fn cargo(layout: &Layout, plan: &BuildPlan) -> Command {
-    let folder = match &plan.directory {
-        Some(folder) => layout.tree().join(folder),
-        None => layout.tree(),
-    };
+    let folder = folder(layout, plan.directory.as_ref());
     let mut environment = base_environment();
-    environment.push(("CARGO_TARGET_DIR".into(), layout.target().into()));
+    environment.push((TARGET_DIRECTORY.into(), layout.target().into()));
     environment.extend(
         plan.environment
             .iter()

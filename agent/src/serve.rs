@@ -11,7 +11,8 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use rrun_protocol::{BootId, PublicKey};
+use rrun_protocol::{BootId, MAX_UPLOADS_BYTES, PublicKey};
+use rustix::process::Signal;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -29,12 +30,13 @@ use crate::{
     front,
     layout::Layout,
     output::Output,
+    platform,
     proxy::Proxy,
     publish::Generations,
-    recipe,
     service::Service,
     shared::Shared,
     tree::Tree,
+    uploads::Uploads,
 };
 
 /// How long answers under way may take once everything else has ended.
@@ -69,9 +71,13 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let keys = authorized_keys(&arguments)?;
+    // Before anything that takes time: as process 1 it would not get a signal that nobody has asked for.
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_at_signal(stop.clone())?);
     let layout = Layout::create(&arguments.workspace.folder)?;
     let _lock = lock(&layout)?;
     tokio::spawn(child::reap_orphans());
+    child::end_leftovers(&layout).await?;
     let address = SocketAddr::new(arguments.bind, arguments.port);
     let listener = TcpListener::bind(address)
         .await
@@ -92,9 +98,15 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         Arc::clone(&shared),
         app_environment(),
     );
-    let stop = CancellationToken::new();
     let gate = Arc::new(Gate::new(keys, boot));
-    let routes = control::routes(gate, Arc::clone(&shared), requests, stop.clone());
+    let uploads = Arc::new(Uploads::new(layout, MAX_UPLOADS_BYTES));
+    let routes = control::routes(
+        gate,
+        Arc::clone(&shared),
+        requests,
+        Arc::clone(&uploads),
+        stop.clone(),
+    );
     let proxy = Arc::new(Proxy::new(route));
 
     let close = CancellationToken::new();
@@ -104,14 +116,16 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         proxy,
         close.clone().cancelled_owned(),
     ));
-    tokio::spawn(stop_at_signal(stop.clone())?);
-    tokio::spawn(find_toolchain(Arc::clone(&shared)));
+    tokio::spawn(pass_on_signals(Arc::clone(&shared))?);
     tracing::info!("listening on {}", SocketAddr::new(arguments.bind, port));
     if let Some(file) = &arguments.announce {
         announce(file, port, boot)?;
     }
 
-    let end = deployer.run(stop).await;
+    let end = tokio::select! {
+        end = deployer.run(stop) => end,
+        never = uploads.forget_idle() => match never {},
+    };
     close.cancel();
     // Who follows a log would keep its connection for ever.
     let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
@@ -169,27 +183,39 @@ fn app_environment() -> Vec<(OsString, OsString)> {
         .collect()
 }
 
+/// Whatever asks the agent to end: nothing that it started may be left behind.
 fn stop_at_signal(stop: CancellationToken) -> std::io::Result<impl Future<Output = ()> + Send> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let mut quit = signal(SignalKind::quit())?;
     Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-        }
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = hang_up.recv() => "SIGHUP",
+            _ = quit.recv() => "SIGQUIT",
+        };
+        tracing::info!("{name}: stopping");
         stop.cancel();
     })
 }
 
-/// Asks for the compiler's version beside everything else: under rustup that takes longer than the whole start.
-async fn find_toolchain(shared: Arc<Shared>) {
-    match recipe::toolchain(&shared.layout).output().await {
-        Ok(output) => {
-            let version = String::from_utf8_lossy(&output).trim().to_owned();
-            shared.update(|status| status.toolchain = Some(version));
+/// Passes the signals on that mean something to apps alone.
+fn pass_on_signals(shared: Arc<Shared>) -> std::io::Result<impl Future<Output = ()> + Send> {
+    let mut first = signal(SignalKind::user_defined1())?;
+    let mut second = signal(SignalKind::user_defined2())?;
+    Ok(async move {
+        loop {
+            let signal = tokio::select! {
+                _ = first.recv() => Signal::USR1,
+                _ = second.recv() => Signal::USR2,
+            };
+            if let Some(process) = shared.status().process {
+                platform::signal(process, signal);
+            }
         }
-        Err(error) => tracing::warn!("there is no rustc here: {error}"),
-    }
+    })
 }
 
 fn announce(file: &Path, port: u16, boot: BootId) -> anyhow::Result<()> {

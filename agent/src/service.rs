@@ -20,6 +20,7 @@ pub use crate::app::{AppSpec, ReplaceError, Warning};
 use crate::{
     app::{ReadyApp, start_ready},
     clock::{running_sleep, running_timeout},
+    fault::fault_point,
     keeper::{GRACE, Keeper, Kept, Phase, Wish},
     output::Output,
     proxy::Route,
@@ -249,6 +250,7 @@ impl Service {
         let upstream = Upstream::new(spec.generation, ready.address);
         let turn = self.routes.take_over(Route::To(Arc::clone(&upstream)));
         let swap = since.elapsed();
+        fault_point!("switching");
         self.retire();
         let keeper = Keeper::start(
             spec,

@@ -26,13 +26,14 @@ use rrun_protocol::{Digest, Entry, Kind, MAX_PREFIX_BYTES, Manifest, TreeDigest,
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::layout::Layout;
+use crate::{fault::fault_point, layout::Layout};
 
 /// State files.
 const MANIFEST: &str = "manifest";
 const JOURNAL: &str = "journal";
 const TOUCHED: &str = "touched";
 const LAST_BUILD: &str = "last-build";
+const INTERRUPTED: &str = "interrupted";
 
 /// How much later than the last build's end a changed file's time is at least. Kernels stamp files with a clock that ticks
 /// every 1 to 10 ms, so two moments within a tick look equal to cargo.
@@ -46,11 +47,15 @@ pub(crate) struct Tree {
     layout: Layout,
     folder: Dir,
     manifest: Manifest,
+    /// What the tree was before the last push.
+    previous: Manifest,
     digest: TreeDigest,
     stamps: HashMap<TreePath, Stamp>,
     touched: Touched,
     /// End of the last build, as time since 1970.
     last_build: Duration,
+    /// Whether the tree is what the manifest says, but for what a build or the app changed.
+    whole: bool,
 }
 
 /// What a file's metadata was when its content was last known. Equal stamps mean an untouched file.
@@ -78,6 +83,11 @@ struct Journal {
     delete: Vec<TreePath>,
 }
 
+/// The files that a journal writes, ready to be renamed into the tree, in the journal's order.
+struct Prepared {
+    folder: tempfile::TempDir,
+}
+
 /// New files on their way into the tree, in a folder of their own that goes when this does.
 pub(crate) struct Staged {
     folder: tempfile::TempDir,
@@ -103,6 +113,7 @@ impl Staged {
         let mut file = tempfile::NamedTempFile::new_in(self.folder.path())?;
         let (size, digest) = copy_and_digest(content, file.as_file_mut())?;
         file.persist(self.folder.path().join(digest.to_string()))?;
+        fault_point!("receiving");
         Ok(Entry { kind, size, digest })
     }
 
@@ -113,7 +124,7 @@ impl Staged {
 }
 
 impl Tree {
-    /// Opens the tree: carries out what a crash interrupted, then checks every file against the manifest and restores what differs.
+    /// Opens the tree and makes it whole. If that fails, as on a full disk, it is tried again before the next push.
     pub(crate) fn open(layout: &Layout) -> anyhow::Result<Self> {
         empty(&layout.staging())?;
         let path = layout.tree();
@@ -125,17 +136,34 @@ impl Tree {
             folder,
             digest: manifest.tree_digest(),
             manifest,
+            previous: Manifest::default(),
             stamps: HashMap::new(),
             touched: layout.load(TOUCHED).unwrap_or_default(),
             last_build: layout.load(LAST_BUILD).unwrap_or_default(),
+            whole: false,
         };
-        if let Some(journal) = layout.load::<Journal>(JOURNAL) {
-            tracing::warn!("a push was interrupted while it was applied; finishing it");
-            tree.carry_out(journal)?;
+        if let Err(error) = tree.recover() {
+            tracing::error!("the tree cannot be made whole yet: {error:#}");
         }
-        tree.drop_what_is_lost()?;
-        tree.restore()?;
         Ok(tree)
+    }
+
+    /// Carries out what was interrupted, then checks every file against the manifest and restores what differs. Does
+    /// nothing if nothing was interrupted since the last time.
+    pub(crate) fn recover(&mut self) -> anyhow::Result<()> {
+        if self.whole {
+            return Ok(());
+        }
+        if let Some(journal) = self.layout.load::<Journal>(JOURNAL) {
+            tracing::warn!("a push was interrupted while it was applied; finishing it");
+            let prepared = self.prepare(&journal)?;
+            self.carry_out(journal, &prepared)?;
+        }
+        self.drop_what_is_lost()?;
+        self.restore()?;
+        self.drop_unused_contents()?;
+        self.whole = true;
+        Ok(())
     }
 
     /// Takes the files that lie in the tree's folder as the tree, as when an image was built. `.git` folders are left out.
@@ -195,8 +223,8 @@ impl Tree {
 
     /// Makes the tree equal to `target`, whose new contents lie in `staged`.
     ///
-    /// On an error before the commit point nothing has changed; after it, the next start finishes what this began.
-    /// No process may be building in the tree.
+    /// On an error before the commit point nothing has changed; after it, [`Self::recover`] finishes what this began.
+    /// No process may be building in the tree, and it has to be whole.
     pub(crate) fn apply(&mut self, target: Manifest, staged: &Staged) -> anyhow::Result<Applied> {
         let restored = self.changed_behind_our_back()?;
         let write: Vec<TreePath> = target
@@ -214,19 +242,37 @@ impl Tree {
             .cloned()
             .collect();
         if !write.is_empty() || !delete.is_empty() {
-            self.take_over(staged)?;
-            self.touch(write.iter().chain(&delete))?;
             let journal = Journal {
                 target,
                 write,
                 delete,
             };
-            self.layout.store(JOURNAL, &journal)?;
-            self.carry_out(journal)?;
+            let prepared = match self.commit(&journal, staged) {
+                Ok(prepared) => prepared,
+                Err(error) => {
+                    self.drop_unused_contents()?;
+                    return Err(error);
+                }
+            };
+            self.whole = false;
+            self.carry_out(journal, &prepared)?;
+            self.whole = true;
         }
         Ok(Applied {
             restored: restored.into_iter().collect(),
         })
+    }
+
+    /// Does everything that may fail for want of room, then passes the commit point.
+    fn commit(&mut self, journal: &Journal, staged: &Staged) -> anyhow::Result<Prepared> {
+        self.take_over(staged)?;
+        fault_point!("contents moved");
+        let prepared = self.prepare(journal)?;
+        self.touch(journal.write.iter().chain(&journal.delete))?;
+        fault_point!("prepared");
+        self.layout.store(JOURNAL, journal)?;
+        fault_point!("journal written");
+        Ok(prepared)
     }
 
     /// Files written or deleted since `build_plan` last succeeded; all that is known to be touched, if it never did.
@@ -243,32 +289,47 @@ impl Tree {
     }
 
     /// Notes that a build by `build_plan` did not succeed but compiled `units`.
-    pub(crate) fn partly_built(
-        &mut self,
-        build_plan: Digest,
-        units: &BTreeSet<String>,
-    ) -> anyhow::Result<()> {
+    pub(crate) fn partly_built(&mut self, build_plan: Digest, units: &BTreeSet<String>) {
         let mut touched = self.touched(&build_plan);
         touched
             .values_mut()
             .for_each(|compiled| compiled.extend(units.iter().cloned()));
         self.touched.insert(build_plan, touched);
-        self.layout.store(TOUCHED, &self.touched)
+        self.note(TOUCHED, &self.touched);
     }
 
     /// Notes that a build of the present tree by `build_plan` succeeded.
-    pub(crate) fn built(&mut self, build_plan: Digest) -> anyhow::Result<()> {
+    pub(crate) fn built(&mut self, build_plan: Digest) {
         if self.touched.len() >= MAX_BUILD_PLANS && !self.touched.contains_key(&build_plan) {
             self.touched.pop_first();
         }
         self.touched.insert(build_plan, TouchedFiles::new());
-        self.layout.store(TOUCHED, &self.touched)
+        self.note(TOUCHED, &self.touched);
     }
 
-    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made.
-    pub(crate) fn build_ended(&mut self) -> anyhow::Result<()> {
+    /// Notes that a build begins, and says whether the one before was interrupted: what that left may be broken.
+    pub(crate) fn build_begins(&mut self) -> bool {
+        let interrupted = self.layout.load(INTERRUPTED).unwrap_or(false);
+        self.note(INTERRUPTED, &true);
+        interrupted
+    }
+
+    /// Notes that a build's processes are gone, so that files written from now on are newer than all it made; and whether
+    /// cargo came to its own end, be it a failure.
+    pub(crate) fn build_ended(&mut self, by_itself: bool) {
         self.last_build = now().max(self.last_build);
-        self.layout.store(LAST_BUILD, &self.last_build)
+        self.note(LAST_BUILD, &self.last_build);
+        if by_itself {
+            self.note(INTERRUPTED, &false);
+        }
+    }
+
+    /// Writes down what becomes of builds. Where that fails, as on a full disk, the push goes on: the next build may be
+    /// more careful than it has to be, or fail where it would have been cleaned.
+    fn note(&self, name: &str, value: &impl Serialize) {
+        if let Err(error) = self.layout.store(name, value) {
+            tracing::warn!("{error:#}");
+        }
     }
 
     /// Reads a pristine file of the tree, checked against its digest.
@@ -314,11 +375,13 @@ impl Tree {
         if !differing.is_empty() {
             self.touch(differing.iter())?;
             let target = self.manifest.clone();
-            self.carry_out(Journal {
+            let journal = Journal {
                 target,
                 write: differing.into_iter().collect(),
                 delete: Vec::new(),
-            })?;
+            };
+            let prepared = self.prepare(&journal)?;
+            self.carry_out(journal, &prepared)?;
         }
         Ok(())
     }
@@ -356,8 +419,9 @@ impl Tree {
     fn take_over(&self, staged: &Staged) -> anyhow::Result<()> {
         for item in fs::read_dir(staged.folder.path())? {
             let item = item?;
-            fs::rename(item.path(), self.layout.contents().join(item.file_name()))
-                .context("cannot keep a received file")?;
+            let kept = self.layout.contents().join(item.file_name());
+            fs::rename(item.path(), &kept)
+                .with_context(|| format!("cannot keep `{}`", kept.display()))?;
         }
         Ok(())
     }
@@ -373,22 +437,41 @@ impl Tree {
         self.layout.store(TOUCHED, &self.touched)
     }
 
-    /// Runs a journal to its end. May run again after it was interrupted anywhere.
-    fn carry_out(&mut self, journal: Journal) -> anyhow::Result<()> {
+    /// Writes what the journal will rename into the tree.
+    fn prepare(&self, journal: &Journal) -> anyhow::Result<Prepared> {
+        let prepared = Prepared {
+            folder: tempfile::TempDir::new_in(self.layout.staging())
+                .with_context(|| format!("no room in `{}`", self.layout.staging().display()))?,
+        };
         let time = self.time_for_changed_files();
-        for path in &journal.delete {
-            self.delete(path)
-                .with_context(|| format!("cannot delete `{path}`"))?;
-        }
-        for path in &journal.write {
+        for (index, path) in journal.write.iter().enumerate() {
             let entry = journal
                 .target
                 .get(path.as_str())
                 .context("the journal names a file that its tree does not have")?;
-            self.write(path, entry, time)
-                .with_context(|| format!("cannot write `{path}`"))?;
+            self.make(&prepared.place(index), entry, time)
+                .with_context(|| {
+                    format!("cannot write `{}`", self.layout.tree().join(path).display())
+                })?;
         }
+        Ok(prepared)
+    }
+
+    /// Runs a journal to its end. May run again after it was interrupted anywhere.
+    fn carry_out(&mut self, journal: Journal, prepared: &Prepared) -> anyhow::Result<()> {
+        for path in &journal.delete {
+            self.delete(path)
+                .with_context(|| format!("cannot delete `{path}`"))?;
+        }
+        for (index, path) in journal.write.iter().enumerate() {
+            self.put(path, &prepared.place(index)).with_context(|| {
+                format!("cannot write `{}`", self.layout.tree().join(path).display())
+            })?;
+            fault_point!("half applied");
+        }
+        fault_point!("files written");
         self.set_manifest(journal.target)?;
+        fault_point!("contents dropped");
         match fs::remove_file(self.layout.state(JOURNAL)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(error).context("cannot remove the journal")
@@ -399,17 +482,20 @@ impl Tree {
 
     fn set_manifest(&mut self, manifest: Manifest) -> anyhow::Result<()> {
         self.layout.store(MANIFEST, &manifest)?;
+        fault_point!("manifest written");
         self.digest = manifest.tree_digest();
         self.stamps
             .retain(|path, _| manifest.get(path.as_str()).is_some());
-        self.manifest = manifest;
+        self.previous = std::mem::replace(&mut self.manifest, manifest);
         self.drop_unused_contents()
     }
 
+    /// Keeps what the tree before this one needs too: another push that starts from it may be read at this moment.
     fn drop_unused_contents(&self) -> anyhow::Result<()> {
         let used: HashSet<String> = self
             .manifest
             .iter()
+            .chain(self.previous.iter())
             .map(|(_, entry)| entry.digest.to_string())
             .collect();
         for item in fs::read_dir(self.layout.contents())? {
@@ -453,24 +539,28 @@ impl Tree {
         Ok(())
     }
 
-    fn write(&mut self, path: &TreePath, entry: &Entry, time: FileTime) -> anyhow::Result<()> {
-        let staging = tempfile::TempDir::new_in(self.layout.staging())?;
-        let new = staging.path().join("new");
+    /// Makes a file of the tree at `new`, from its pristine copy.
+    fn make(&self, new: &Path, entry: &Entry, time: FileTime) -> anyhow::Result<()> {
         let pristine = self.layout.contents().join(entry.digest.to_string());
         if entry.kind == Kind::Symlink {
-            std::os::unix::fs::symlink(fs::read_to_string(&pristine)?, &new)?;
-        } else {
-            let mode = if entry.kind == Kind::Executable {
-                0o755
-            } else {
-                0o644
-            };
-            let mut file = fs::File::create(&new)?;
-            let (_, digest) = copy_and_digest(&mut fs::File::open(&pristine)?, &mut file)?;
-            anyhow::ensure!(digest == entry.digest, "its pristine copy is damaged");
-            file.set_permissions(fs::Permissions::from_mode(mode))?;
-            filetime::set_file_handle_times(&file, None, Some(time))?;
+            std::os::unix::fs::symlink(fs::read_to_string(&pristine)?, new)?;
+            return Ok(());
         }
+        let mode = if entry.kind == Kind::Executable {
+            0o755
+        } else {
+            0o644
+        };
+        let mut file = fs::File::create(new)?;
+        let (_, digest) = copy_and_digest(&mut fs::File::open(&pristine)?, &mut file)?;
+        anyhow::ensure!(digest == entry.digest, "its pristine copy is damaged");
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        filetime::set_file_handle_times(&file, None, Some(time))?;
+        Ok(())
+    }
+
+    /// Renames `new` into the tree.
+    fn put(&mut self, path: &TreePath, new: &Path) -> anyhow::Result<()> {
         let folder = self.folder_for(path)?;
         let name = Path::new(path.file_name());
         if folder
@@ -479,7 +569,9 @@ impl Tree {
         {
             folder.remove_dir_all(name)?;
         }
-        Dir::open_ambient_dir(staging.path(), ambient_authority())?.rename("new", &folder, name)?;
+        let from = new.parent().context("a prepared file lies in a folder")?;
+        let from = Dir::open_ambient_dir(from, ambient_authority())?;
+        from.rename(new.file_name().unwrap_or_default(), &folder, name)?;
         let stamp = Stamp::of(&fs::symlink_metadata(self.layout.tree().join(path))?);
         self.stamps.insert(path.clone(), stamp);
         Ok(())
@@ -503,6 +595,12 @@ impl Tree {
             folder = folder.open_dir(component)?;
         }
         Ok(folder)
+    }
+}
+
+impl Prepared {
+    fn place(&self, index: usize) -> PathBuf {
+        self.folder.path().join(index.to_string())
     }
 }
 
@@ -560,7 +658,11 @@ fn read_entry(path: &Path) -> io::Result<Entry> {
     })
 }
 
-fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u64, Digest)> {
+/// Copies everything, and gives its size and digest.
+pub(crate) fn copy_and_digest(
+    from: &mut dyn Read,
+    to: &mut dyn io::Write,
+) -> io::Result<(u64, Digest)> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 64 << 10];
     let mut size = 0;
@@ -649,6 +751,12 @@ mod tests {
 
         fn read(&self, path: &str) -> String {
             fs::read_to_string(self.path(path)).unwrap()
+        }
+
+        /// Names of the pristine copies.
+        fn contents(&self) -> BTreeSet<std::ffi::OsString> {
+            let contents = fs::read_dir(self.layout.contents()).unwrap();
+            contents.map(|item| item.unwrap().file_name()).collect()
         }
 
         /// Every file below the tree's folder, whoever made it.
@@ -740,7 +848,7 @@ mod tests {
     fn a_changed_file_written_right_after_a_build_is_newer_and_not_in_the_future() {
         let bench = Bench::new();
         let mut tree = bench.open();
-        tree.build_ended().unwrap();
+        tree.build_ended(true);
         bench.apply(&mut tree, &[file("changed", "1")]);
         let changed = modified(&bench.path("changed"));
         assert!(changed.duration_since(UNIX_EPOCH).unwrap() >= tree.last_build + TICK);
@@ -900,6 +1008,63 @@ mod tests {
     }
 
     #[test]
+    fn an_apply_that_fails_after_its_commit_point_is_finished_before_the_next_one() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "1")]);
+        // A folder in the manifest's place: nothing can be renamed over it.
+        fs::remove_file(bench.layout.state(MANIFEST)).unwrap();
+        fs::create_dir(bench.layout.state(MANIFEST)).unwrap();
+        let (target, staged) = bench.stage(&[file("a", "2"), file("new", "2")]);
+        let digest = target.tree_digest();
+        assert!(tree.apply(target, &staged).is_err());
+        assert!(tree.recover().is_err(), "still in the way");
+        fs::remove_dir(bench.layout.state(MANIFEST)).unwrap();
+        tree.recover().unwrap();
+        assert_eq!((tree.digest(), bench.files().len()), (digest, 2));
+        // What the failed push brought does not stay behind when the next one takes it back.
+        bench.apply(&mut tree, &[file("a", "1")]);
+        assert_eq!(
+            (bench.files(), bench.read("a")),
+            (vec!["a".to_owned()], "1".to_owned())
+        );
+    }
+
+    #[test]
+    fn an_apply_that_fails_before_its_commit_point_changes_nothing_and_keeps_no_room() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1")]);
+        let (before, digest) = (bench.contents(), tree.digest());
+        fs::create_dir(bench.layout.state(JOURNAL)).unwrap();
+        let (target, staged) = bench.stage(&[file("a", "2"), file("b", "2")]);
+        assert!(tree.apply(target, &staged).is_err());
+        drop(staged);
+        assert_eq!((tree.digest(), bench.read("a")), (digest, "1".to_owned()));
+        assert_eq!(
+            (bench.files(), bench.contents()),
+            (vec!["a".to_owned()], before)
+        );
+        assert_eq!(fs::read_dir(bench.layout.staging()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_crash_left_beside_the_tree_is_gone_after_the_next_start() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1")]);
+        let before = bench.contents();
+        let (_, staged) = bench.stage(&[file("b", "2")]);
+        tree.take_over(&staged).unwrap();
+        let (_, staged) = bench.stage(&[file("c", "3")]);
+        std::mem::forget(staged);
+        drop(tree);
+        bench.open();
+        assert_eq!(bench.contents(), before);
+        assert_eq!(fs::read_dir(bench.layout.staging()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn lost_contents_make_the_tree_another_one_so_that_they_are_sent_again() {
         let bench = Bench::new();
         let mut tree = bench.open();
@@ -915,11 +1080,10 @@ mod tests {
         let bench = Bench::new();
         let mut tree = bench.open();
         let (dev, release) = (Digest::of(b"dev"), Digest::of(b"release"));
-        tree.built(dev).unwrap();
+        tree.built(dev);
         bench.apply(&mut tree, &[file("a", "1")]);
         bench.apply(&mut tree, &[file("a", "1"), file("b", "1")]);
-        tree.partly_built(dev, &BTreeSet::from(["unit".to_owned()]))
-            .unwrap();
+        tree.partly_built(dev, &BTreeSet::from(["unit".to_owned()]));
         bench.apply(&mut tree, &[file("a", "1"), file("b", "2")]);
         drop(tree);
         let mut tree = bench.open();
@@ -934,7 +1098,7 @@ mod tests {
             2,
             "a plan that never built takes all for touched"
         );
-        tree.built(dev).unwrap();
+        tree.built(dev);
         assert!(tree.touched(&dev).is_empty());
     }
 

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Workspace,
     authorize::seconds_since_1970,
-    compile::{BuildLog, CompileError, compile},
+    compile::{Build, BuildLog, CompileError},
     layout::Layout,
     publish::{Generation, Generations},
     recipe,
@@ -78,24 +78,22 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
     };
     let build_plan = plan.build.digest();
     let touched = tree.touched(&build_plan);
-    let built = compile(
-        &layout,
-        &plan.build,
-        &touched,
-        &mut BTreeSet::new(),
-        &StandardError,
-        &CancellationToken::new(),
-    )
-    .await;
-    tree.build_ended()?;
+    let build = Build {
+        layout: &layout,
+        plan: &plan.build,
+        touched: &touched,
+        after_interruption: tree.build_begins(),
+        log: &StandardError,
+        cancel: &CancellationToken::new(),
+    };
+    let built = build.compile(&mut BTreeSet::new()).await;
+    tree.build_ended(true);
     let built = match built {
         Ok(built) => built,
-        Err(CompileError::Failed(status)) => {
-            bail!("the tree does not compile: cargo ended with {status}")
-        }
+        Err(CompileError::Failed { error, .. }) => bail!("the tree does not compile: {error}"),
         Err(error) => return Err(error.into()),
     };
-    tree.built(build_plan)?;
+    tree.built(build_plan);
     let mut generations = Generations::open(&layout)?;
     let digest = tree.digest();
     let generation =

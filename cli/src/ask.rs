@@ -8,7 +8,7 @@ use std::{cell::Cell, time::Duration};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming};
-use rrun_protocol::{ExitCode, Refusal, SIGNATURE_HEADER, Status};
+use rrun_protocol::{BOOT_HEADER, ExitCode, Refusal, SIGNATURE_HEADER, Status};
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -80,6 +80,12 @@ impl AskError {
     /// Whether asking once more may help.
     pub(crate) fn is_broken(&self) -> bool {
         matches!(self, Self::Broken { .. } | Self::Unreachable { .. })
+    }
+
+    /// Whether the same request may be taken in a moment: it broke on its way, or the agent had its hands full.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Broken { .. })
+            || self.refused_with(StatusCode::SERVICE_UNAVAILABLE).is_some()
     }
 
     /// The refusal with this status, if it is one.
@@ -272,7 +278,10 @@ impl Agent {
             false => self.broken(source),
         })?;
         if answer.status().is_success() {
-            Ok(answer)
+            match answer.headers().contains_key(BOOT_HEADER) {
+                true => Ok(answer),
+                false => Err(self.no_agent("an app answers in its place")),
+            }
         } else {
             Err(self.read_refusal(answer).await)
         }

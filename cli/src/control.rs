@@ -94,7 +94,7 @@ async fn follow(
     let agent = running_agent(here, &arguments.target, &arguments.folder).await?;
     account.url = Some(agent.connection().url().to_string());
     let answer = agent.ask(Method::POST, path, Default::default()).await?;
-    let sent = send::follow(&agent, None, answer, &mut |event| {
+    let sent = send::follow(&agent, answer, &mut |event| {
         here.render.event(event);
         Then::GoOn
     })

@@ -14,9 +14,9 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper::{Request, Response, body::Incoming, header::HeaderValue, service::service_fn};
 use hyper_util::rt::TokioIo;
-use rrun_protocol::{Authorization, BootId, SIGNATURE_HEADER};
+use rrun_protocol::{Authorization, BOOT_HEADER, BootId, SIGNATURE_HEADER};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -161,7 +161,10 @@ async fn answer(
         authorization: header.map(|header| header.to_str().unwrap().parse().unwrap()),
     };
     request.into_body().collect().await?;
-    script(&asked).0.ok_or_else(|| "hung up".into())
+    let mut answer = script(&asked).0.ok_or("hung up")?;
+    let boot = HeaderValue::from_static("AAAAAAAAAAAA");
+    answer.headers_mut().insert(BOOT_HEADER, boot);
+    Ok(answer)
 }
 
 /// Counts on the server's side what the client claims to count on its own.

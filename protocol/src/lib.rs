@@ -19,6 +19,7 @@ mod push;
 mod settings;
 mod signature;
 mod status;
+mod upload;
 
 pub use archive::{ArchiveError, ArchiveRules, Content, read_tar, write_tar};
 pub use digest::{Digest, DigestError, TreeDigest};
@@ -35,6 +36,7 @@ pub use signature::{
     Authorization, KeyError, PrivateKey, PublicKey, SignatureError, SignedRequest,
 };
 pub use status::{HistoryEntry, Refusal, Status};
+pub use upload::{Arrived, part_path, parts, push_path, upload_path};
 
 /// Version of the protocol; both sides name theirs when they differ.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -44,3 +46,6 @@ pub const CONTROL_PREFIX: &str = "/_rrun/";
 
 /// Header that carries a request's [`Authorization`]. `Authorization` itself stays free for the app.
 pub const SIGNATURE_HEADER: &str = "rrun-signature";
+
+/// Header of every answer under [`CONTROL_PREFIX`], with the agent's [`BootId`]: an app that answers there has none.
+pub const BOOT_HEADER: &str = "rrun-boot";

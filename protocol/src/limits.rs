@@ -20,6 +20,15 @@ pub const MAX_LINK_BYTES: u64 = MAX_PATH_BYTES as u64;
 
 /// Largest push body in one request. Cloud Run refuses HTTP/1 bodies over 32 MiB; this leaves room for its own headers.
 pub const MAX_BODY_BYTES: u64 = 31 << 20;
+/// Size of each part of an upload but the last, and what a broken connection can cost: 8 s at 1 Mbit/s. A push with a larger
+/// payload goes in parts.
+pub const UPLOAD_PART_BYTES: u64 = 1 << 20;
+/// Largest upload: the largest tree, should nothing of it compress, and 32 MiB for the archive's own headers.
+pub const MAX_UPLOAD_BYTES: u64 = MAX_TREE_BYTES + (32 << 20);
+/// Largest sum of all parts that an agent keeps, in a container's memory: one upload of any size. An older one makes room.
+pub const MAX_UPLOADS_BYTES: u64 = MAX_UPLOAD_BYTES;
+/// How long parts are kept that nobody adds to: long enough to change from one network to another.
+pub const UPLOAD_IDLE_LIMIT: Duration = Duration::from_secs(60 * 60);
 /// Largest preamble: every path of the largest tree changed (3 bytes a position) with room for the plan.
 pub const MAX_PREAMBLE_BYTES: usize = 1 << 20;
 /// Largest file whose content is used as compression prefix and remembered for it.

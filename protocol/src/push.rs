@@ -6,7 +6,8 @@
 //!
 //! The prefix is the same tar over the base versions of the changed and deleted files. The preamble names them by their
 //! position in the base's manifest, so both sides make the same prefix and a changed line costs little more than itself.
-//! A body without files (only deletions, or nothing) ends after the preamble.
+//! A body without files (only deletions, or nothing) ends after the preamble. A large payload goes ahead as an upload in
+//! parts, and the body ends after the preamble too: see [`crate::push_path`].
 
 use std::{
     collections::HashSet,
@@ -115,6 +116,9 @@ impl Preamble {
             postcard::take_from_bytes::<Self>(head).map_err(|_| PushError::Malformed)?;
         Ok((preamble, &rest[head.len() - after.len()..]))
     }
+
+    /// Longest start of a body that [`Self::from_body`] looks at.
+    pub const MAX_START_BYTES: usize = MAGIC.len() + MAX_PREAMBLE_BYTES;
 
     /// Looks the positions up in the base's manifest.
     pub fn replaced<'m>(&self, base: &'m Manifest) -> Result<Replaced<'m>, PushError> {

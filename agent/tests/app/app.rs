@@ -74,6 +74,12 @@ async fn main() {
             start_stubborn(Some(0));
             serve(listen(everywhere).await).await;
         }
+        ["breeder"] => {
+            // Bounded: it must not take the machine along when a test fails.
+            let script = "i=0; while [ $i -lt 150 ]; do sleep 1000 & i=$((i+1)); done; wait";
+            start(script, Some(0));
+            serve(listen(everywhere).await).await;
+        }
         ["stubborn"] => {
             tokio::spawn(async {
                 let kind = tokio::signal::unix::SignalKind::terminate();
@@ -89,11 +95,13 @@ async fn main() {
 
 /// Starts a process that ignores SIGTERM, in a group of its own or in the app's.
 fn start_stubborn(group: Option<i32>) {
+    let script = "trap '' TERM; echo stubborn $$; while :; do sleep 1000; done";
+    start(script, group);
+}
+
+fn start(script: &str, group: Option<i32>) {
     let mut command = Command::new("/bin/sh");
-    command.args([
-        "-c",
-        "trap '' TERM; echo stubborn $$; while :; do sleep 1000; done",
-    ]);
+    command.args(["-c", script]);
     if let Some(group) = group {
         command.process_group(group);
     }

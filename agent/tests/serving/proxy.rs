@@ -1,7 +1,8 @@
 //! What passes through the proxy, what does not, and what it says by itself.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use axum::Router;
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -11,10 +12,19 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::{net::TcpStream, task::JoinSet};
-use tokio_util::sync::CancellationToken;
+use rrun_agent::{
+    front,
+    proxy::{Proxy, Route},
+    upstream::Upstream,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinSet,
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use crate::harness::{Client, PATIENCE, Stand};
+use crate::harness::{Client, PATIENCE, Stand, eventually};
 
 async fn serving() -> Stand {
     let mut stand = Stand::new().await;
@@ -58,8 +68,9 @@ async fn a_held_request_is_told_why_when_its_time_is_over() {
     spec.executable = "/bin/sh".into();
     stand.replace(spec).await.unwrap();
     stand.get("/crash").await;
+    eventually(|| stand.service.status().state == "restarting").await;
     let (status, why) = stand.get("/").await;
-    assert_eq!(status, 503);
+    assert_eq!(status, 503, "{why}");
     assert!(why.contains("the app"), "{why}");
     assert!(why.contains("the request waited for 0 s"), "{why}");
 }
@@ -316,6 +327,35 @@ async fn what_the_app_breaks_is_a_502_with_the_reason() {
     let (status, why) = stand.get("/crash").await;
     assert_eq!(status, 502);
     assert!(why.starts_with("rrun: the app did not answer"), "{why}");
+}
+
+#[tokio::test]
+async fn a_request_that_nobody_took_is_sent_again_where_the_route_leads_then() {
+    let app = serving().await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = taken.local_addr().unwrap();
+    drop(taken);
+    let (route, watched) = watch::channel(Route::To(Upstream::new(1, nobody)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let proxy = Arc::new(Proxy::new(watched));
+    let front = front::serve(listener, Router::new(), proxy, std::future::pending());
+    let _front = AbortOnDropHandle::new(tokio::spawn(front));
+
+    let mut client = Client::connect(address).await;
+    let body = Full::from("with a body");
+    let asked = client.send(Request::post("/count").body(body).unwrap());
+    let switched = async {
+        // The first try was made once the proxy waits for another route.
+        while route.receiver_count() < 2 {
+            tokio::task::yield_now().await;
+        }
+        route.send_replace(Route::To(Upstream::new(2, app.address)));
+    };
+    let (response, ()) = tokio::join!(asked, switched);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, "11");
+    drop(route);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rrun_agent::service::{AppSpec, ReplaceError};
 
-use crate::harness::Stand;
+use crate::harness::{PATIENCE, Stand};
 
 /// The reason, the hint and the output of a version that must not get ready; the old one has to serve on.
 async fn refused(stand: &mut Stand, spec: AppSpec) -> (String, Option<String>, Vec<String>) {
@@ -112,6 +112,7 @@ async fn a_foreign_listener_on_the_private_port_is_not_taken_for_the_app() {
         std::fs::write(&go, "").unwrap();
         (ports, thieves)
     };
+    let ports = async { tokio::time::timeout(PATIENCE, ports).await.expect("hangs") };
     let (replaced, (ports, _thieves)) = tokio::join!(stand.replace(spec), ports);
     replaced.unwrap();
     assert_ne!(ports[0], ports[1]);
@@ -138,9 +139,9 @@ async fn the_ready_path_has_to_answer_below_500() {
     let mut stand = serving().await;
     let mut spec = stand.spec(2, &[]);
     spec.run.ready_path = Some("/broken".into());
-    spec.run.ready_timeout = Duration::from_millis(500);
+    spec.run.ready_timeout = Duration::from_secs(3);
     let (reason, ..) = refused(&mut stand, spec.clone()).await;
-    assert_eq!(reason, "/broken answered 500 for 0.5 s");
+    assert_eq!(reason, "/broken answered 500 for 3 s");
     spec.run.ready_path = Some("/".into());
     stand.replace(spec.clone()).await.unwrap();
     assert_eq!(stand.get("/").await.1, "2");

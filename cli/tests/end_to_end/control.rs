@@ -5,9 +5,18 @@ use rrun_protocol::{BootId, PrivateKey};
 use std::{fs, process::Command};
 
 /// Every route of the agent. A new one has to be added here; the last lines are no routes at all.
-const ROUTES: [(&str, &str); 15] = [
+const ROUTES: [(&str, &str); 18] = [
     ("POST", "/_rrun/pushes/MTIzNDU2Nzg5"),
     ("GET", "/_rrun/pushes/MTIzNDU2Nzg5/events?from=0"),
+    ("GET", "/_rrun/pushes/MTIzNDU2Nzg5/events?from=0&wait=false"),
+    (
+        "GET",
+        "/_rrun/uploads/0000000000000000000000000000000000000000000000000000000000000000",
+    ),
+    (
+        "PUT",
+        "/_rrun/uploads/0000000000000000000000000000000000000000000000000000000000000000/0",
+    ),
     ("GET", "/_rrun/tree"),
     ("GET", "/_rrun/builds/latest/log"),
     ("GET", "/_rrun/status"),

@@ -71,6 +71,46 @@ pub(crate) struct Agent {
     pub port: u16,
 }
 
+/// A push that goes on while the test does something else.
+pub(crate) struct Running {
+    child: Child,
+    lines: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    seen: String,
+}
+
+impl Running {
+    /// Reads events until one of `kind` comes.
+    pub(crate) fn wait_for(&mut self, kind: &str) -> Value {
+        loop {
+            let line = self.lines.next();
+            let line = line.unwrap_or_else(|| panic!("no {kind}: {}", self.seen));
+            let line = line.unwrap();
+            let event: Value = serde_json::from_str(&line).unwrap();
+            self.seen += &(line + "\n");
+            if event["event"] == kind {
+                return event;
+            }
+        }
+    }
+
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> Ran {
+        for line in self.lines.by_ref() {
+            self.seen += &(line.unwrap() + "\n");
+        }
+        let output = self.child.wait_with_output().unwrap();
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: self.seen,
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
 /// What a command of `rrun` did.
 #[derive(Debug)]
 pub(crate) struct Ran {
@@ -139,10 +179,10 @@ impl Laptop {
         {
             command.env_remove(name);
         }
-        command
-            .envs(&self.environment)
-            .env_remove("NO_COLOR")
-            .env_remove("CARGO_TARGET_DIR");
+        for name in ["NO_COLOR", "CARGO_TARGET_DIR"] {
+            command.env_remove(name);
+        }
+        command.envs(&self.environment);
         command
     }
 
@@ -161,6 +201,22 @@ impl Laptop {
         let url = agent.url();
         let arguments = [&["push", "--json", "--url", &url], more].concat();
         self.run(&project.folder, &arguments)
+    }
+
+    /// Starts a push and goes on.
+    pub(crate) fn start_push(&self, project: &Project, agent: &Agent, more: &[&str]) -> Running {
+        let url = agent.url();
+        let arguments = [&["push", "--json", "--url", &url], more].concat();
+        let mut command = self.command(&project.folder, &arguments);
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let lines = std::io::BufRead::lines(std::io::BufReader::new(stdout));
+        Running {
+            child,
+            lines,
+            seen: String::new(),
+        }
     }
 
     /// Pushes and expects that it serves.
@@ -280,7 +336,7 @@ impl Project {
 }
 
 impl Agent {
-    /// An agent that takes pushes from `laptops`.
+    /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
         Self::with_environment(laptops, &[])
     }
@@ -427,8 +483,14 @@ impl Drop for Agent {
 }
 
 /// As they stand in RRUN_AUTHORIZED_KEYS.
+/// The keys of `laptops` by the names `person-0`, `person-1` and so on.
 fn public_keys(laptops: &[&Laptop]) -> String {
-    let lines: Vec<String> = laptops.iter().map(|laptop| laptop.public_key()).collect();
+    let named = |(number, laptop): (usize, &&Laptop)| {
+        let key = laptop.public_key();
+        let key: Vec<&str> = key.split(' ').take(2).collect();
+        format!("{} person-{number}", key.join(" "))
+    };
+    let lines: Vec<String> = laptops.iter().enumerate().map(named).collect();
     lines.join("\n")
 }
 
@@ -555,6 +617,19 @@ pub(crate) fn request(
             body: error.to_string(),
         },
     }
+}
+
+/// Text that does not compress: what is small about a push of it comes only from what both sides have.
+pub(crate) fn noise(bytes: usize) -> String {
+    let mut state = 1u64;
+    let mut text = String::with_capacity(bytes + 20);
+    while text.len() < bytes {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        text += &format!("// {state:016x}\n");
+    }
+    text
 }
 
 /// A port that something else listens on.

@@ -8,11 +8,17 @@
     reason = "tests stop at the first surprise, and start programs as a person would"
 )]
 
+mod connection;
 mod control;
+mod handover;
 mod harness;
 mod hostile;
 mod keys;
 mod laptop;
 mod names;
+mod order;
+mod proxy;
 mod push;
+mod sent;
 mod swap;
+mod time;
