@@ -488,11 +488,12 @@ impl<R: Read> Stream<R> {
         if self.has_ended {
             return Err(ArchiveError::NoEnd);
         }
-        let mut buffer = [0; 8 << 10];
+        const ZEROS: [u8; 8 << 10] = [0; 8 << 10];
+        let mut buffer = ZEROS;
         loop {
             match self.read(&mut buffer) {
                 Ok(0) => return Ok(()),
-                Ok(read) if buffer[..read].iter().all(|byte| *byte == 0) => {}
+                Ok(read) if buffer[..read] == ZEROS[..read] => {}
                 Ok(_) => return Err(ArchiveError::BehindTheEnd),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(ArchiveError::Unreadable(error)),

@@ -616,6 +616,9 @@ mod tests {
             (json!({"assets": ["../other"]}), "working directory"),
             (json!({"working-directory": "/etc"}), "absolute"),
             (json!({"bin": "nope"}), "no binary `nope`"),
+            (json!({"profile": "--config=x"}), "profile \"--config=x\""),
+            (json!({"ready-path": "healthz"}), "ready path \"healthz\""),
+            (json!({"env": {"RRUN_X": "1"}}), "environment \"RRUN_X\""),
         ] {
             let metadata = metadata(
                 json!(null),
