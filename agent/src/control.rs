@@ -18,14 +18,14 @@ use axum::{
     },
     middleware::{self, Next},
     response::{IntoResponse, Response, Sse, sse},
-    routing::{get, post, put},
+    routing::{MethodRouter, get, post, put},
 };
 use futures_util::{Stream, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use hyper::body::Body as _;
 use rrun_protocol::{
-    Arrived, BOOT_HEADER, Digest, Event, EventKind, HEARTBEAT_EVERY, MAX_BODY_BYTES, PushId,
-    Refusal, Status, TreeDigest, UPLOAD_PART_BYTES,
+    Arrived, BOOT_HEADER, CONTROL_PREFIX, Digest, Event, EventKind, HEARTBEAT_EVERY,
+    MAX_BODY_BYTES, PushId, Refusal, Status, TreeDigest, UPLOAD_PART_BYTES,
 };
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -49,6 +49,9 @@ const MAX_TAKEN_APART: usize = 1;
 const BODY_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// How long a body may pause.
 const BODY_PAUSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longest refusal of the framework's own that is passed on.
+const MAX_REFUSAL_BYTES: usize = 4 << 10;
 
 /// What the routes share.
 #[derive(Clone)]
@@ -79,25 +82,53 @@ pub(crate) fn routes(
         taking_apart: Arc::new(Semaphore::new(MAX_TAKEN_APART)),
         end_agent,
     };
-    Router::new()
-        .route("/_rrun/pushes/{id}", post(push))
-        .route("/_rrun/pushes/{id}/events", get(events))
-        .route("/_rrun/uploads/{upload}", get(arrived))
-        .route("/_rrun/uploads/{upload}/{part}", put(part))
-        .route("/_rrun/tree", get(tree))
-        .route("/_rrun/builds/{build}/log", get(build_log))
-        .route("/_rrun/status", get(status))
-        .route("/_rrun/logs", get(logs))
-        .route("/_rrun/history", get(history))
-        .route("/_rrun/cancel", post(cancel))
-        .route("/_rrun/rollback", post(rollback))
-        .route("/_rrun/restart", post(restart))
-        .route("/_rrun/stop", post(stop))
-        .fallback(not_found)
+    let all = TABLE
+        .into_iter()
+        .fold(Router::new(), |router, (method, path)| {
+            router.route(path, handler(method, path))
+        });
+    all.fallback(not_found)
         .method_not_allowed_fallback(not_found)
         // Around everything above, the fallbacks too: a route that is added is behind it.
         .layer(middleware::from_fn_with_state(control.clone(), authorize))
         .with_state(control)
+}
+
+/// Every route, as method and path. A route that does not stand here does not exist, and the tests walk through all of it.
+pub const TABLE: [(&str, &str); 13] = [
+    ("POST", "/_rrun/pushes/{id}"),
+    ("GET", "/_rrun/pushes/{id}/events"),
+    ("GET", "/_rrun/uploads/{upload}"),
+    ("PUT", "/_rrun/uploads/{upload}/{part}"),
+    ("GET", "/_rrun/tree"),
+    ("GET", "/_rrun/builds/{build}/log"),
+    ("GET", "/_rrun/status"),
+    ("GET", "/_rrun/logs"),
+    ("GET", "/_rrun/history"),
+    ("POST", "/_rrun/cancel"),
+    ("POST", "/_rrun/rollback"),
+    ("POST", "/_rrun/restart"),
+    ("POST", "/_rrun/stop"),
+];
+
+/// What answers a route of the table.
+fn handler(method: &str, path: &str) -> MethodRouter<Control> {
+    match (method, path.strip_prefix(CONTROL_PREFIX).unwrap_or(path)) {
+        ("POST", "pushes/{id}") => post(push),
+        ("GET", "pushes/{id}/events") => get(events),
+        ("GET", "uploads/{upload}") => get(arrived),
+        ("PUT", "uploads/{upload}/{part}") => put(part),
+        ("GET", "tree") => get(tree),
+        ("GET", "builds/{build}/log") => get(build_log),
+        ("GET", "status") => get(status),
+        ("GET", "logs") => get(logs),
+        ("GET", "history") => get(history),
+        ("POST", "cancel") => post(cancel),
+        ("POST", "rollback") => post(rollback),
+        ("POST", "restart") => post(restart),
+        ("POST", "stop") => post(stop),
+        _ => unreachable!("{method} {path} stands in the table without a handler"),
+    }
 }
 
 /// An answer that says no.
@@ -134,7 +165,7 @@ async fn authorize(State(control): State<Control>, mut request: Request, next: N
     let mut response = match checked {
         Ok(signer) => {
             request.extensions_mut().insert(signer);
-            next.run(request).await
+            in_json(next.run(request).await).await
         }
         Err((status, refusal)) => No(status, refusal).into_response(),
     };
@@ -144,6 +175,21 @@ async fn authorize(State(control): State<Control>, mut request: Request, next: N
         headers.insert(BOOT_HEADER, boot);
     }
     response
+}
+
+/// Gives a refusal of the framework's own, as of a query that cannot be read, the form that all refusals have.
+async fn in_json(response: Response) -> Response {
+    let is_text = response
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    if !response.status().is_client_error() || !is_text {
+        return response;
+    }
+    let status = response.status();
+    let text = axum::body::to_bytes(response.into_body(), MAX_REFUSAL_BYTES).await;
+    let text = text.unwrap_or_default();
+    no(status, String::from_utf8_lossy(&text)).into_response()
 }
 
 async fn not_found() -> No {

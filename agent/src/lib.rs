@@ -40,6 +40,8 @@ mod uploads;
 mod warm;
 mod wire;
 
+pub use control::TABLE as CONTROL_ROUTES;
+
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
