@@ -37,6 +37,7 @@ use crate::{
     deploy,
     receive::{ReceiveError, Received, receive},
     record::{Item, Record},
+    room,
     shared::{Events, Shared},
     uploads::{PartError, UploadError, Uploads},
 };
@@ -289,12 +290,18 @@ async fn part(
     let body = read_body(&control, request.into_body(), expected, UPLOAD_PART_BYTES).await?;
     let uploads = Arc::clone(&control.uploads);
     let stored = blocking(move || uploads.store(upload, part, &body.bytes)).await?;
-    stored.map_err(|error| refuse_part(&error))?;
-    Ok(StatusCode::NO_CONTENT)
+    match stored {
+        Err(PartError::Store(error)) if room::is_full(&error) => {
+            Err(no_room(&control, &PartError::Store(error)).await)
+        }
+        stored => stored
+            .map(|()| StatusCode::NO_CONTENT)
+            .map_err(|error| refuse_part(&error)),
+    }
 }
 
 /// The refusal of a push that found the disk full, after room was made for the next one.
-async fn no_room(control: &Control, error: &ReceiveError) -> No {
+async fn no_room(control: &Control, error: &impl std::fmt::Display) -> No {
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::MakeRoom { answer };
     let hint = ask(control, request, answered).await.ok().flatten();

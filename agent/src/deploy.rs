@@ -215,6 +215,7 @@ impl Deployer {
                     () = running_sleep(pause), if worker.start_pause.is_some() => Some(Request::Start),
                 };
                 let Some(arrived) = arrived else { break };
+                worker.recover();
                 waiting = admit(&mut newest, &shared, arrived, false);
             }
             let Some(request) = waiting.take() else {
@@ -471,6 +472,18 @@ impl Exchange<'_> {
 }
 
 impl Worker {
+    /// Finishes what an earlier failure interrupted, so that a push is let in against the tree that really lies here.
+    fn recover(&mut self) {
+        let before = self.tree.digest();
+        if let Err(error) = self.tree.recover() {
+            tracing::warn!("the tree cannot be made whole yet: {error:#}");
+        }
+        if self.tree.digest() != before {
+            self.shared
+                .set_tree(self.tree.manifest(), self.tree.digest());
+        }
+    }
+
     /// Serves what served when the agent ended, or what the image was built with.
     async fn start_last(&mut self, stop: &Stop) {
         let last = self.generations.serving().cloned();
@@ -540,9 +553,6 @@ impl Worker {
 
     async fn take_push(&mut self, id: PushId, received: Received, by: String, stop: &Stop) {
         fault_point!("staged");
-        let recovered = self.tree.recover();
-        self.shared
-            .set_tree(self.tree.manifest(), self.tree.digest());
         let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
         if !fits_on(&received, self.tree.digest()) {
             return self.end(
@@ -554,7 +564,7 @@ impl Worker {
                 },
             );
         }
-        let ending = match recovered {
+        let ending = match self.tree.recover() {
             Ok(()) => self.push(&mut exchange, received).await,
             Err(error) => Err(error.context("the tree is not whole since an earlier failure")),
         };

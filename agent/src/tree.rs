@@ -161,6 +161,7 @@ impl Tree {
         }
         self.drop_what_is_lost()?;
         self.restore()?;
+        self.previous = Manifest::default();
         self.drop_unused_contents()?;
         self.whole = true;
         Ok(())

@@ -278,6 +278,8 @@ async fn connections_of_a_killed_process_cost_no_request() {
             senders.push(sender);
         }
         kill(&stand).await;
+        // Until the agent has noticed, a request can be written into a connection whose other end is gone.
+        eventually(|| stand.service.status().restarts > 0).await;
         for (sender, number) in senders.iter_mut().zip(8..) {
             assert_eq!(sender.record(number).await, (200, number.to_string()));
         }

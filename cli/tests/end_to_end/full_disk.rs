@@ -148,11 +148,25 @@ fn a_push_that_finds_no_room_to_arrive_is_refused_by_name() {
     let Some(setting) = Setting::new() else {
         return;
     };
-    setting.project.write("large.txt", &noise(4 << 20));
+    // Digits compress to half: one request carries it.
+    setting.project.write("large.txt", &noise(3 << 19));
     setting.project.answer("two");
     setting.disk.fill(64 << 10);
     let failed = setting.laptop.push(&setting.project, &setting.agent, &[]);
     let said = ["No space left on device", "large.txt", "state/staging"];
+    setting.check(&failed, (3, "refused"), &said);
+}
+
+#[test]
+fn a_part_that_finds_no_room_is_refused_by_name() {
+    let Some(setting) = Setting::new() else {
+        return;
+    };
+    setting.project.write("large.txt", &noise(4 << 20));
+    setting.project.answer("two");
+    setting.disk.fill(64 << 10);
+    let failed = setting.laptop.push(&setting.project, &setting.agent, &[]);
+    let said = ["No space left on device", "part", "state/staging"];
     setting.check(&failed, (3, "refused"), &said);
 }
 
