@@ -40,8 +40,9 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Every so many looks, also look who listens elsewhere: reading all sockets of the machine takes some milliseconds.
 const LOOKS_UNTIL_SEARCH: u32 = 50;
-/// After so many searches that found it listening elsewhere only, it is not going to listen on its port: about a second.
-const SEARCHES_ELSEWHERE: u32 = 4;
+/// After so many searches in a row that found it listening elsewhere only, it is not going to listen on its port: about
+/// five seconds. Less would refuse an app that opens a port for its metrics first and then connects to its database.
+const SEARCHES_ELSEWHERE: u32 = 20;
 /// How long one request to the ready path may take.
 const READY_REQUEST_LIMIT: Duration = Duration::from_secs(5);
 /// How often another port is tried when somebody else took it.

@@ -2,21 +2,23 @@
 //!
 //! A container without CPU is frozen in the middle of whatever it does. When it wakes up, the clock has moved by minutes
 //! or hours and every ordinary limit is long past, although nothing had a chance to happen. Here a limit is spent in
-//! ticks, and a tick counts for at most [`TICK`], however long it really took.
+//! ticks, and a tick counts for at most what was asked for, however long it really took. So a freeze costs a tenth of
+//! what was left at most, and never ends a limit by itself: whoever was frozen too has a moment to go on.
 //!
 //! This is not for measuring: what is shown to people is real time.
 
-use std::{
-    fmt,
-    pin::{Pin, pin},
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{pin::pin, time::Duration};
 
 use tokio::time::Instant;
 
-/// The most that one tick counts for.
-const TICK: Duration = Duration::from_secs(1);
+/// The longest tick: what a freeze costs at most.
+const LONGEST_TICK: Duration = Duration::from_secs(1);
+/// The shortest: each tick wakes the process up.
+const SHORTEST_TICK: Duration = Duration::from_millis(100);
+/// A tick is this part of what is left.
+const TICKS_LEFT: u32 = 10;
+/// A tick that took so much longer than asked for was a freeze: a busy machine is late by less.
+const FROZEN_FOR: Duration = Duration::from_secs(1);
 
 /// The limit passed first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,42 +39,21 @@ pub async fn running_timeout<F: Future>(limit: Duration, future: F) -> Result<F:
 pub async fn running_sleep(limit: Duration) {
     let mut remaining = limit;
     while !remaining.is_zero() {
+        let tick = tick(remaining);
         let started = Instant::now();
-        tokio::time::sleep(remaining.min(TICK)).await;
-        remaining = remaining.saturating_sub(started.elapsed().min(TICK));
+        tokio::time::sleep(tick).await;
+        let took = started.elapsed();
+        remaining = remaining.saturating_sub(took.min(tick));
+        if took > tick + FROZEN_FOR {
+            remaining = remaining.max(SHORTEST_TICK);
+        }
     }
 }
 
-/// Gives hyper's own deadlines running time.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RunningTimer;
-
-impl hyper::rt::Timer for RunningTimer {
-    fn sleep(&self, duration: Duration) -> Pin<Box<dyn hyper::rt::Sleep>> {
-        Box::pin(RunningSleep(Box::pin(running_sleep(duration))))
-    }
-
-    fn sleep_until(&self, deadline: std::time::Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
-        self.sleep(deadline.saturating_duration_since(std::time::Instant::now()))
-    }
-}
-
-struct RunningSleep(Pin<Box<dyn Future<Output = ()> + Send + Sync>>);
-
-impl Future for RunningSleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        self.0.as_mut().poll(context)
-    }
-}
-
-impl hyper::rt::Sleep for RunningSleep {}
-
-impl fmt::Debug for RunningSleep {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("RunningSleep")
-    }
+fn tick(remaining: Duration) -> Duration {
+    (remaining / TICKS_LEFT)
+        .clamp(SHORTEST_TICK, LONGEST_TICK)
+        .min(remaining)
 }
 
 #[cfg(test)]
@@ -98,7 +79,7 @@ mod tests {
         tokio::task::yield_now().await;
         tokio::time::advance(Duration::from_secs(3600)).await;
         for _ in 0..28 {
-            tokio::time::sleep(TICK).await;
+            tokio::time::sleep(LONGEST_TICK).await;
             assert!(!limited.is_finished());
         }
         assert_eq!(limited.await.unwrap(), Err(Elapsed));
@@ -112,5 +93,43 @@ mod tests {
         sender.send(()).unwrap();
         tokio::time::advance(Duration::from_secs(3600)).await;
         assert_eq!(limited.await.unwrap(), Ok(Ok(())));
+    }
+
+    /// A limit of which `left` is left when the container is frozen for an hour.
+    async fn frozen_with(left: Duration) -> impl Future<Output = Duration> {
+        let limit = Duration::from_millis(5500);
+        let limited = tokio::spawn(running_sleep(limit));
+        tokio::time::sleep(limit - left).await;
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        let woken = Instant::now();
+        async move {
+            limited.await.unwrap();
+            woken.elapsed()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_that_was_left_when_the_container_froze_is_left_when_it_wakes() {
+        let rest = frozen_with(Duration::from_secs(1)).await.await;
+        assert!(rest >= Duration::from_millis(850), "{rest:?}");
+        assert!(rest <= Duration::from_millis(1000), "{rest:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waking_never_ends_a_limit_by_itself() {
+        for left in [1, 20, 99, 300] {
+            let rest = frozen_with(Duration::from_millis(left)).await.await;
+            assert!(
+                rest >= Duration::from_millis(99),
+                "{left} ms left: {rest:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_limit_of_minutes_wakes_the_process_up_once_a_second() {
+        assert_eq!(tick(Duration::from_secs(650)), LONGEST_TICK);
+        assert_eq!(tick(Duration::from_secs(1)), Duration::from_millis(100));
+        assert_eq!(tick(Duration::from_millis(7)), Duration::from_millis(7));
     }
 }

@@ -10,13 +10,12 @@ use std::{
     io,
     path::{Path, PathBuf},
     pin::pin,
-    process::ExitStatus,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use anyhow::Context as _;
-use cargo_metadata::{Artifact, CompilerMessage, Message, diagnostic::DiagnosticLevel};
+use cargo_metadata::{CompilerMessage, Message, diagnostic::DiagnosticLevel};
 use futures_util::{FutureExt as _, future::FusedFuture as _};
 use rrun_protocol::{BuildPlan, EventKind, MAX_EVENT_TEXT_BYTES, TreePath};
 use rustix::process::Signal;
@@ -24,8 +23,8 @@ use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::running_timeout, fault::fault_point, layout::Layout, recipe, room::tells_full,
-    tree::TouchedFiles,
+    clock::running_timeout, fault::fault_point, freshness::Units, layout::Layout, recipe,
+    room::tells_full, tree::TouchedFiles,
 };
 
 /// How long cargo and its compilers may take to end after SIGINT. Killing them is safe too, only less tidy.
@@ -50,10 +49,10 @@ pub(crate) struct Built {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompileError {
     /// Cargo says no; its reasons are in the log.
-    #[error("cargo ended with {status}")]
+    #[error("{error}")]
     Failed {
-        /// How it ended.
-        status: ExitStatus,
+        /// Cargo's own first error: a lower-case fragment.
+        error: String,
         /// Ids of the packages that a broken target directory could be to blame for; none if no code was refused.
         packages: BTreeSet<String>,
     },
@@ -113,7 +112,7 @@ impl<L: BuildLog> Build<'_, L> {
             }
             result => result?,
         };
-        let stale = stale_packages(self.layout, &finished, self.touched)?;
+        let stale = self.stale(&finished)?;
         if stale.is_empty() {
             return Ok(finished.built);
         }
@@ -122,13 +121,19 @@ impl<L: BuildLog> Build<'_, L> {
             self.clean(package, &why).await?;
         }
         let again = self.run(compiled).await?;
-        match stale_packages(self.layout, &again, self.touched)?
-            .into_iter()
-            .next()
-        {
+        match self.stale(&again)?.into_iter().next() {
             None => Ok(again.built),
             Some((package, _)) => Err(CompileError::Stale(package)),
         }
+    }
+
+    fn stale(&self, finished: &Finished) -> Result<BTreeSet<(String, TreePath)>, CompileError> {
+        let executable = &finished.built.executable;
+        let stale = finished
+            .units
+            .stale(&self.layout.tree(), executable, self.touched);
+        let dep_info = || format!("cannot read the dep-info of `{}`", executable.display());
+        Ok(stale.with_context(dep_info)?)
     }
 
     /// Removes what cargo made of `package`, and says why.
@@ -152,11 +157,15 @@ impl<L: BuildLog> Build<'_, L> {
         let stdout = stdout.context("cargo has no standard output")?;
         let stderr = child.stderr.take();
         let stderr = stderr.context("cargo has no standard error")?;
-        let mut heard = Heard::default();
+        let mut heard = Heard {
+            units: Units::new(),
+            failed: BTreeSet::new(),
+        };
+        let mut error = None;
         let log = Watched::new(self.log, self.layout.target());
         let status = {
             let messages = read_messages(stdout, &mut heard, &log);
-            let talk = read_talk(stderr, &log);
+            let talk = read_talk(stderr, &mut error, &log);
             let mut reading = pin!(async { tokio::try_join!(messages, talk) }.fuse());
             let status = loop {
                 tokio::select! {
@@ -179,7 +188,7 @@ impl<L: BuildLog> Build<'_, L> {
             }
             status
         };
-        compiled.extend(heard.compiled());
+        compiled.extend(heard.units.made());
         match status {
             None => Err(CompileError::Cancelled),
             Some(status) if !status.success() && log.no_room.load(Ordering::Relaxed) => {
@@ -187,7 +196,8 @@ impl<L: BuildLog> Build<'_, L> {
             }
             Some(status) if !status.success() => {
                 let packages = heard.suspects(&self.layout.tree());
-                Err(CompileError::Failed { status, packages })
+                let error = error.unwrap_or_else(|| format!("cargo ended with {status}"));
+                Err(CompileError::Failed { error, packages })
             }
             Some(_) => heard.finished(),
         }
@@ -220,10 +230,9 @@ impl<L: BuildLog> BuildLog for Watched<'_, L> {
     }
 }
 
-/// What cargo said of each unit.
-#[derive(Default)]
+/// What cargo said.
 struct Heard {
-    artifacts: Vec<Artifact>,
+    units: Units,
     /// Packages with errors.
     failed: BTreeSet<String>,
 }
@@ -231,20 +240,16 @@ struct Heard {
 /// A run of cargo that succeeded.
 struct Finished {
     built: Built,
-    artifacts: Vec<Artifact>,
+    units: Units,
 }
 
 impl Heard {
-    fn compiled(&self) -> impl Iterator<Item = String> {
-        let compiled = self.artifacts.iter().filter(|artifact| !artifact.fresh);
-        compiled.map(unit)
-    }
-
     /// The packages with errors, and those of the tree that were not compiled now: errors may come from what is left of them.
     fn suspects(self, tree: &Path) -> BTreeSet<String> {
         let mut suspects = self.failed;
         if !suspects.is_empty() {
-            let reused = self.artifacts.iter().filter(|artifact| artifact.fresh);
+            let artifacts = self.units.artifacts.iter();
+            let reused = artifacts.filter(|artifact| artifact.fresh);
             let of_tree = reused.filter(|artifact| artifact.manifest_path.starts_with(tree));
             suspects.extend(of_tree.map(|artifact| artifact.package_id.repr.clone()));
         }
@@ -252,7 +257,7 @@ impl Heard {
     }
 
     fn finished(self) -> Result<Finished, CompileError> {
-        let artifacts = self.artifacts;
+        let artifacts = &self.units.artifacts;
         let executable = artifacts
             .iter()
             .rev()
@@ -262,7 +267,10 @@ impl Heard {
             .into_std_path_buf();
         let fresh = artifacts.iter().filter(|artifact| artifact.fresh).count();
         let built = Built { executable, fresh };
-        Ok(Finished { built, artifacts })
+        Ok(Finished {
+            built,
+            units: self.units,
+        })
     }
 }
 
@@ -279,7 +287,8 @@ async fn read_messages(
         .is_some()
     {
         match serde_json::from_slice::<Message>(&line) {
-            Ok(Message::CompilerArtifact(artifact)) => heard.artifacts.push(artifact),
+            Ok(Message::CompilerArtifact(artifact)) => heard.units.artifacts.push(artifact),
+            Ok(Message::BuildScriptExecuted(script)) => heard.units.scripts.push(script),
             Ok(Message::CompilerMessage(CompilerMessage {
                 message,
                 package_id,
@@ -298,7 +307,11 @@ async fn read_messages(
 }
 
 /// Cargo's standard error: log lines, and between them a progress line that ends with a carriage return.
-async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::Result<()> {
+async fn read_talk(
+    stderr: impl AsyncRead + Unpin,
+    error: &mut Option<String>,
+    log: &impl BuildLog,
+) -> io::Result<()> {
     let mut lines = BufReader::new(stderr);
     let mut line = Vec::new();
     while let Some(end) = read_until_any(&mut lines, b"\n\r", &mut line).await? {
@@ -308,10 +321,21 @@ async fn read_talk(stderr: impl AsyncRead + Unpin, log: &impl BuildLog) -> io::R
         match end {
             b'\r' if !text.is_empty() => log.tell(EventKind::Progress { text: cut(text) }),
             b'\r' => {}
-            _ => log.tell(EventKind::Log { text: cut(text) }),
+            _ => {
+                if error.is_none() {
+                    *error = cargo_error(text);
+                }
+                log.tell(EventKind::Log { text: cut(text) });
+            }
         }
     }
     Ok(())
+}
+
+/// What follows `error: ` if that is how a line of cargo's talk begins.
+fn cargo_error(line: &str) -> Option<String> {
+    let plain = anstream::adapter::strip_str(line).to_string();
+    plain.strip_prefix("error: ").map(cut)
 }
 
 /// Reads up to one of `ends` and gives which it was, `None` at the end of the input. What is beyond the limit is dropped.
@@ -351,113 +375,9 @@ fn cut(line: &str) -> String {
     line[..end].to_owned()
 }
 
-/// Packages that cargo calls fresh although one of their files was touched, each with such a file.
-///
-/// The dep-info beside the executable names every source and build script input of the executable and of the path
-/// dependencies in it. Whose file it is follows from the folder that it lies in.
-fn stale_packages(
-    layout: &Layout,
-    finished: &Finished,
-    touched: &TouchedFiles,
-) -> Result<BTreeSet<(String, TreePath)>, CompileError> {
-    if touched.is_empty() {
-        return Ok(BTreeSet::new());
-    }
-    let dep_info = finished.built.executable.with_extension("d");
-    let text = std::fs::read_to_string(&dep_info)
-        .with_context(|| format!("cannot read cargo's dep-info `{}`", dep_info.display()))?;
-    let inputs = inputs(&text);
-    let tree = layout.tree();
-    let executable = finished
-        .artifacts
-        .iter()
-        .rev()
-        .find(|artifact| artifact.executable.is_some());
-    let mut stale = BTreeSet::new();
-    for (path, compiled_since) in touched {
-        let file = tree.join(path);
-        if !inputs.contains(&file) {
-            continue;
-        }
-        let owner =
-            owner(&finished.artifacts, &file).filter(|owner| is_fresh(&finished.artifacts, owner));
-        let executable = executable.filter(|executable| executable.fresh);
-        for artifact in [owner, executable].into_iter().flatten() {
-            if !compiled_since.contains(&unit(artifact)) {
-                stale.insert((artifact.package_id.repr.clone(), path.clone()));
-            }
-        }
-    }
-    Ok(stale)
-}
-
-/// An artifact of the package whose folder holds `file`, the innermost if packages lie in each other.
-fn owner<'a>(artifacts: &'a [Artifact], file: &Path) -> Option<&'a Artifact> {
-    let folder = |artifact: &Artifact| {
-        artifact
-            .manifest_path
-            .parent()
-            .map(|folder| folder.as_std_path().to_owned())
-    };
-    artifacts
-        .iter()
-        .filter(|artifact| folder(artifact).is_some_and(|folder| file.starts_with(folder)))
-        .max_by_key(|artifact| artifact.manifest_path.as_str().len())
-}
-
-/// Whether cargo compiled nothing of the artifact's package. Its build script counts only where there is nothing else.
-fn is_fresh(artifacts: &[Artifact], owner: &Artifact) -> bool {
-    artifacts
-        .iter()
-        .filter(|artifact| artifact.package_id == owner.package_id)
-        .all(|artifact| artifact.fresh)
-}
-
-/// Names what an artifact is: the executable, or something of its package.
-fn unit(artifact: &Artifact) -> String {
-    match &artifact.executable {
-        Some(executable) => executable.to_string(),
-        None => artifact.package_id.repr.clone(),
-    }
-}
-
-/// The files on the right side of a dep-info's rules, which has make's form with `\ ` for a space.
-fn inputs(dep_info: &str) -> BTreeSet<PathBuf> {
-    let mut inputs = BTreeSet::new();
-    for line in dep_info.lines() {
-        let Some((_, files)) = line.split_once(": ") else {
-            continue;
-        };
-        let mut file = String::new();
-        let mut letters = files.chars();
-        loop {
-            match letters.next() {
-                Some('\\') => file.extend(letters.next()),
-                Some(letter) if letter != ' ' => file.push(letter),
-                end => {
-                    if !file.is_empty() {
-                        inputs.insert(PathBuf::from(std::mem::take(&mut file)));
-                    }
-                    if end.is_none() {
-                        break;
-                    }
-                }
-            }
-        }
-    }
-    inputs
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dep_info_is_read_with_spaces_and_several_rules() {
-        let text = "/t/debug/app: /w/a\\ b/main.rs /w/lib.rs\n\n/t/debug/other: /w/x.rs\n";
-        let expected = ["/w/a b/main.rs", "/w/lib.rs", "/w/x.rs"].map(PathBuf::from);
-        assert_eq!(inputs(text), BTreeSet::from(expected));
-    }
 
     #[tokio::test]
     async fn lines_and_progress_are_told_apart_and_long_ones_cut() {

@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use rrun_protocol::{
-    CheckoutId, EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection,
-    SwapMode, Timings, TreeDigest,
+    CheckoutId, EventKind, HistoryEntry, Manifest, Outcome, Plan, Preamble, Project, PushId,
+    Report, Selection, SwapMode, Timings, TreeDigest,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
-    clock::running_timeout,
+    clock::{running_sleep, running_timeout},
     compile::{Build, BuildLog, CompileError},
     fault::fault_point,
     output::OutputLine,
@@ -32,6 +32,7 @@ use crate::{
     room::{self, is_no_room},
     service::{ReplaceError, Replaced, Service},
     shared::{Events, Log, Shared},
+    toolchain::{Mismatch, Toolchain},
     tree::Tree,
 };
 
@@ -46,6 +47,16 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
 /// How much of that work under way may take first: a build's grace, and what killing it takes.
 const WORK_END_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long the app may take to end when it is stopped; less than a client waits for the answer.
+const STOP_LIMIT: Duration = Duration::from_secs(6);
+/// What requests are told after that.
+const STOPPED: &str = "the app was stopped with `rrun stop`; push to start it again";
+
+/// Pause before what served last is started again because it did not start; doubled each time.
+const FIRST_START_PAUSE: Duration = Duration::from_millis(500);
+/// Longest such pause.
+const LONGEST_START_PAUSE: Duration = Duration::from_secs(10);
+
 /// What the control routes ask for.
 pub(crate) enum Request {
     /// Make this tree serve.
@@ -57,7 +68,7 @@ pub(crate) enum Request {
         /// Who signed it.
         by: String,
         /// Gets the push's events, or the tree that lies here if the push starts from another one.
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
+        answer: Answer,
     },
     /// Swap to a kept generation, the one before the serving one if none is named.
     Rollback {
@@ -91,11 +102,32 @@ pub(crate) enum Request {
         /// Gets what to do next, if room was made.
         answer: oneshot::Sender<Option<String>>,
     },
+    /// Serve what served last. The deployer asks it of itself.
+    Start,
     /// Stop the app.
     Stop {
         /// Told when it is gone.
         answer: oneshot::Sender<()>,
     },
+}
+
+/// Where the answer to a push goes. It is given when the push is let in, which may be long before its turn.
+pub(crate) struct Answer(Option<oneshot::Sender<Result<Events, TreeDigest>>>);
+
+impl From<oneshot::Sender<Result<Events, TreeDigest>>> for Answer {
+    fn from(sender: oneshot::Sender<Result<Events, TreeDigest>>) -> Self {
+        Self(Some(sender))
+    }
+}
+
+impl Answer {
+    /// The first answer counts.
+    fn give(&mut self, answer: Result<Events, TreeDigest>) {
+        if let Some(sender) = self.0.take() {
+            // Who asked may have left; the push goes on.
+            let _ = sender.send(answer);
+        }
+    }
 }
 
 /// How the deployer ended.
@@ -150,6 +182,8 @@ impl Deployer {
             shared,
             environment,
             hand_over: None,
+            toolchain: Toolchain::default(),
+            start_pause: None,
         };
         (
             Self {
@@ -169,17 +203,19 @@ impl Deployer {
             mut newest,
         } = self;
         let shared = Arc::clone(&worker.shared);
-        worker.start_last(&shutdown).await;
+        shared.set_tree(worker.tree.manifest(), worker.tree.digest());
         let mut limit = SHUTDOWN_LIMIT;
-        let mut waiting: Option<Request> = None;
+        let mut waiting = Some(Request::Start);
         while !shutdown.is_cancelled() {
             if waiting.is_none() {
+                let pause = worker.start_pause.unwrap_or_default();
                 let arrived = tokio::select! {
                     arrived = mailbox.recv() => arrived,
                     () = shutdown.cancelled() => None,
+                    () = running_sleep(pause), if worker.start_pause.is_some() => Some(Request::Start),
                 };
                 let Some(arrived) = arrived else { break };
-                waiting = admit(&mut newest, &shared, arrived);
+                waiting = admit(&mut newest, &shared, arrived, false);
             }
             let Some(request) = waiting.take() else {
                 continue;
@@ -194,6 +230,8 @@ impl Deployer {
                 tokio::pin!(work);
                 loop {
                     let arrived = tokio::select! {
+                        // First, so that a push is let in against the tree that the one under way leaves.
+                        biased;
                         () = &mut work => break,
                         () = shutdown.cancelled() => {
                             stop.token.cancel();
@@ -205,25 +243,30 @@ impl Deployer {
                         Some(arrived) = mailbox.recv() => arrived,
                     };
                     if let Request::Cancel { push, answer } = arrived {
-                        let meant =
-                            under_way.is_some() && push.is_none_or(|push| Some(push) == under_way);
-                        if meant {
+                        let is_meant =
+                            |id: Option<PushId>| id.is_some() && (push.is_none() || push == id);
+                        let waits = waiting.take_if(|waiting| is_meant(waiting.push_id()));
+                        let found = is_meant(under_way) || waits.is_some();
+                        if is_meant(under_way) {
                             stop.token.cancel();
                         }
-                        let _ = answer.send(meant);
+                        if let Some(cancelled) = waits {
+                            cancelled.end_unbegun(&shared, Outcome::Cancelled, None);
+                        }
+                        let _ = answer.send(found);
                         continue;
                     }
                     if let Request::MakeRoom { answer } = arrived {
                         let _ = answer.send(None);
                         continue;
                     }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived) else {
+                    let Some(arrived) = admit(&mut newest, &shared, arrived, true) else {
                         continue;
                     };
                     stop.give_way_to(arrived.push_id());
                     if let Some(skipped) = waiting.replace(arrived) {
                         let newer = waiting.as_ref().and_then(Request::push_id);
-                        skipped.supersede(&shared, newer);
+                        skipped.end_unbegun(&shared, Outcome::Superseded, newer);
                     }
                 }
             }
@@ -236,39 +279,85 @@ impl Deployer {
     }
 }
 
-/// Lets a request in, unless it is already known, older than what was seen of its checkout, or answered at once.
+/// Lets a request in, unless it is already known, older than what was seen of its checkout, made against another tree, or
+/// answered at once. Who sent a push gets its first events here, however long the work under way takes to give way.
 fn admit(
     newest: &mut HashMap<CheckoutId, (u64, PushId)>,
     shared: &Shared,
     request: Request,
+    is_busy: bool,
 ) -> Option<Request> {
     match request {
         Request::Cancel { answer, .. } => {
             let _ = answer.send(false);
             None
         }
-        Request::Push { id, answer, .. } if shared.events(id).is_some() => {
-            let _ = answer.send(Ok(shared.events(id)?));
+        Request::Push { id, mut answer, .. } if shared.events(id).is_some() => {
+            answer.give(Ok(shared.events(id)?));
             None
         }
         Request::Push {
-            id, ref received, ..
+            id,
+            received,
+            by,
+            mut answer,
         } => {
-            if let Some(preamble) = &received.preamble {
-                let seen = newest
-                    .entry(preamble.checkout)
-                    .or_insert((preamble.sequence, id));
-                if preamble.sequence < seen.0 {
-                    let newer = seen.1;
-                    request.supersede(shared, Some(newer));
-                    return None;
-                }
-                *seen = (preamble.sequence, id);
+            let newer = received
+                .preamble
+                .as_ref()
+                .and_then(|preamble| newer_scan(newest, preamble, id));
+            let tree = shared.status().tree;
+            if newer.is_none() && !fits_on(&received, tree) {
+                answer.give(Err(tree));
+                return None;
+            }
+            let events = shared.start_push(id);
+            events.append(EventKind::Received {
+                push: id,
+                tree: received.target.tree_digest(),
+                changed: received.changed,
+                deleted: received.deleted,
+            });
+            answer.give(Ok(Arc::clone(&events)));
+            let request = Request::Push {
+                id,
+                received,
+                by,
+                answer,
+            };
+            if newer.is_some() {
+                request.end_unbegun(shared, Outcome::Superseded, newer);
+                return None;
+            }
+            if is_busy {
+                let reason = "the one before it is being stopped".to_owned();
+                events.append(EventKind::Waiting { reason });
             }
             Some(request)
         }
         request => Some(request),
     }
+}
+
+/// Notes a scan's number; gives the push of a newer scan of the same checkout, if there was one.
+fn newer_scan(
+    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
+    preamble: &Preamble,
+    id: PushId,
+) -> Option<PushId> {
+    let this = (preamble.sequence, id);
+    let seen = newest.entry(preamble.checkout).or_insert(this);
+    if this.0 < seen.0 {
+        return Some(seen.1);
+    }
+    *seen = this;
+    None
+}
+
+/// Whether a push starts from `tree`, or brings a whole one.
+fn fits_on(received: &Received, tree: TreeDigest) -> bool {
+    let base = received.preamble.as_ref().map(|preamble| preamble.base);
+    base.is_none_or(|base| base == tree || base == Manifest::default().tree_digest())
 }
 
 impl Request {
@@ -278,13 +367,13 @@ impl Request {
             Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
                 Some(*id)
             }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => None,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => None,
         }
     }
 
-    /// Ends a request that was never begun, because a newer one is there.
-    fn supersede(self, shared: &Shared, newer: Option<PushId>) {
-        let (id, tree, answer) = match self {
+    /// Ends a request that was never begun.
+    fn end_unbegun(self, shared: &Shared, outcome: Outcome, newer: Option<PushId>) {
+        let (id, tree, mut answer): (_, _, Answer) = match self {
             Self::Push {
                 id,
                 received,
@@ -292,22 +381,22 @@ impl Request {
                 ..
             } => (id, received.target.tree_digest(), answer),
             Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
-                (id, shared.status().tree, answer)
+                (id, shared.status().tree, answer.into())
             }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Stop { .. } => return,
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => return,
         };
         let events = shared.start_push(id);
         events.append(EventKind::Finished(Report {
-            outcome: Outcome::Superseded,
+            outcome,
             tree,
             generation: shared.status().generation,
-            reason: Some("a newer push of this checkout came first".to_owned()),
+            reason: newer.map(|_| "a newer push came first".to_owned()),
             hint: None,
             superseded_by: newer,
             timings_ms: Timings::default(),
         }));
         events.finish();
-        let _ = answer.send(Ok(events));
+        answer.give(Ok(events));
     }
 }
 
@@ -319,6 +408,9 @@ struct Worker {
     shared: Arc<Shared>,
     environment: Vec<(OsString, OsString)>,
     hand_over: Option<Box<AppSpec>>,
+    toolchain: Toolchain,
+    /// How long to wait before what served last is started again, if it did not start.
+    start_pause: Option<Duration>,
 }
 
 /// One exchange under way: where its events go, and what its report will say.
@@ -380,29 +472,38 @@ impl Exchange<'_> {
 
 impl Worker {
     /// Serves what served when the agent ended, or what the image was built with.
-    async fn start_last(&mut self, shutdown: &CancellationToken) {
-        self.shared
-            .set_tree(self.tree.manifest(), self.tree.digest());
-        let Some(generation) = self.generations.serving().cloned() else {
-            return self.show();
-        };
-        tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
-        let spec = self.generations.spec(&generation, &self.environment);
-        if let Err(error) = self.service.replace(spec, shutdown).await {
-            tracing::error!("generation {} does not start: {error}", generation.number);
+    async fn start_last(&mut self, stop: &Stop) {
+        let last = self.generations.serving().cloned();
+        let directory = last
+            .as_ref()
+            .and_then(|last| last.plan.build.directory.clone());
+        let pause = self.start_pause.take().unwrap_or(FIRST_START_PAUSE);
+        if let Some(generation) = last.filter(|_| self.service.serving().is_none()) {
+            tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
+            let spec = self.generations.spec(&generation, &self.environment);
+            if let Err(error) = self.service.replace(spec, &stop.token).await {
+                let why = format!("generation {} does not start: {error}", generation.number);
+                tracing::error!("{why}");
+                self.service.explain(&why);
+                self.start_pause = Some((pause * 2).min(LONGEST_START_PAUSE));
+            }
         }
-        self.show();
+        let manifest = self.tree.manifest();
+        let asked = self
+            .toolchain
+            .check(&self.shared, manifest, directory.as_ref());
+        if let Err(Mismatch { reason, .. }) = asked.await {
+            tracing::warn!("{reason}");
+        }
     }
 
     /// Carries one request to its end.
     async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
+            Request::Start => self.start_last(stop).await,
             Request::Push {
-                id,
-                received,
-                by,
-                answer,
-            } => self.take_push(id, *received, by, answer, stop).await,
+                id, received, by, ..
+            } => self.take_push(id, *received, by, stop).await,
             Request::Rollback {
                 id,
                 generation,
@@ -419,12 +520,12 @@ impl Worker {
                 self.restart(exchange).await;
             }
             Request::Stop { answer } => {
-                self.service
-                    .stop("the app was stopped with `rrun stop`; push to start it again")
-                    .await;
+                self.service.stop(STOPPED, STOP_LIMIT).await;
+                self.start_pause = None;
                 if let Err(error) = self.generations.clear_serving() {
                     tracing::warn!("{error:#}");
                 }
+                self.show();
                 let _ = answer.send(());
             }
             Request::Cancel { answer, .. } => {
@@ -437,34 +538,22 @@ impl Worker {
         self.show();
     }
 
-    async fn take_push(
-        &mut self,
-        id: PushId,
-        received: Received,
-        by: String,
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
-        stop: &Stop,
-    ) {
+    async fn take_push(&mut self, id: PushId, received: Received, by: String, stop: &Stop) {
         fault_point!("staged");
         let recovered = self.tree.recover();
         self.shared
             .set_tree(self.tree.manifest(), self.tree.digest());
-        // The tree may have changed since the push was received.
-        let base = received.preamble.as_ref().map(|preamble| preamble.base);
-        let is_whole =
-            base.is_none_or(|base| base == rrun_protocol::Manifest::default().tree_digest());
-        if !is_whole && base != Some(self.tree.digest()) {
-            let _ = answer.send(Err(self.tree.digest()));
-            return;
-        }
         let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
-        let _ = answer.send(Ok(Arc::clone(&exchange.events)));
-        exchange.tell(EventKind::Received {
-            push: id,
-            tree: exchange.tree,
-            changed: received.changed,
-            deleted: received.deleted,
-        });
+        if !fits_on(&received, self.tree.digest()) {
+            return self.end(
+                exchange,
+                Ending {
+                    outcome: Outcome::Refused,
+                    reason: Some("the agent's tree changed while the push waited".to_owned()),
+                    hint: Some("push again".to_owned()),
+                },
+            );
+        }
         let ending = match recovered {
             Ok(()) => self.push(&mut exchange, received).await,
             Err(error) => Err(error.context("the tree is not whole since an earlier failure")),
@@ -497,12 +586,20 @@ impl Worker {
             Some(preamble) => preamble.plan,
             None => match self.resolve_plan().await {
                 Ok(plan) => plan,
-                Err(error) => return Ok(Ending::because(Outcome::Refused, format!("{error:#}"))),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    let error = anstream::adapter::strip_str(&error);
+                    let reason =
+                        format!("the tree is applied, but says not what to build: {error}");
+                    return Ok(Ending::because(Outcome::BuildFailed, reason));
+                }
             },
         };
         let identity = (self.tree.digest(), plan.digest());
         let serving = self.serving();
-        if serving.is_some_and(|serving| serving.identity() == identity)
+        let hands_over = plan.run.swap == SwapMode::Exec;
+        if !hands_over
+            && serving.is_some_and(|serving| serving.identity() == identity)
             && self.service.status().state == "serving"
         {
             return Ok(Ending::of(Outcome::Unchanged));
@@ -516,16 +613,28 @@ impl Worker {
             );
             exchange.warn(text, None);
         }
-        let generation = match self.generations.find(&identity).cloned() {
-            Some(kept) => kept,
+        let asked = self.toolchain.check(
+            &self.shared,
+            self.tree.manifest(),
+            plan.build.directory.as_ref(),
+        );
+        if let Err(Mismatch { reason, hint }) = asked.await {
+            return Ok(Ending {
+                outcome: Outcome::BuildFailed,
+                reason: Some(reason),
+                hint: Some(hint),
+            });
+        }
+        let (generation, is_new) = match self.generations.find(&identity).cloned() {
+            Some(kept) => (kept, false),
             None => match self.build(exchange, &plan).await? {
-                Ok(generation) => generation,
+                Ok(generation) => (generation, true),
                 Err(ending) => return Ok(ending),
             },
         };
         // Limits and swap mode may differ from those it was built with.
         let generation = Generation { plan, ..generation };
-        self.swap(exchange, &generation).await
+        self.swap(exchange, &generation, is_new).await
     }
 
     fn apply(
@@ -535,7 +644,7 @@ impl Worker {
         staged: &crate::tree::Staged,
     ) -> anyhow::Result<()> {
         let started = Instant::now();
-        let applied = self.tree.apply(target, staged);
+        let applied = tokio::task::block_in_place(|| self.tree.apply(target, staged));
         self.shared
             .set_tree(self.tree.manifest(), self.tree.digest());
         let restored = applied?.restored;
@@ -634,7 +743,13 @@ impl Worker {
         }
         let built = match result {
             Ok(built) => built,
-            Err(CompileError::Failed { .. }) => return Ok(Err(Ending::of(Outcome::BuildFailed))),
+            Err(CompileError::Failed { error, .. }) => {
+                return Ok(Err(Ending {
+                    outcome: Outcome::BuildFailed,
+                    hint: missing_crate_hint(&error),
+                    reason: Some(error),
+                }));
+            }
             Err(CompileError::Cancelled) => return Ok(Err(exchange.stopped())),
             Err(error @ (CompileError::Stale(_) | CompileError::NoRoom(_))) => {
                 return Err(error.into());
@@ -663,6 +778,7 @@ impl Worker {
         &mut self,
         exchange: &mut Exchange<'_>,
         generation: &Generation,
+        is_new: bool,
     ) -> anyhow::Result<Ending> {
         let spec = self.generations.spec(generation, &self.environment);
         exchange.tell(EventKind::Starting {
@@ -675,7 +791,6 @@ impl Worker {
         } else {
             self.service.replace(spec.clone(), token).await
         };
-        let was_serving = self.serving().map(|serving| serving.number);
         match replaced {
             Ok(Replaced {
                 ready,
@@ -695,7 +810,7 @@ impl Worker {
                 Ok(Ending::of(Outcome::Live))
             }
             Err(error) => {
-                if was_serving != Some(generation.number) {
+                if is_new {
                     self.generations.remove(generation.number)?;
                 }
                 Ok(match error {
@@ -763,7 +878,7 @@ impl Worker {
         let ending = match found.cloned() {
             Some(generation) => {
                 exchange.tree = generation.tree;
-                self.swap(&mut exchange, &generation).await
+                self.swap(&mut exchange, &generation, false).await
             }
             None => Ok(Ending {
                 outcome: Outcome::Refused,
@@ -779,7 +894,7 @@ impl Worker {
         let ending = match self.serving().cloned() {
             Some(generation) => {
                 exchange.tree = generation.tree;
-                self.swap(&mut exchange, &generation).await
+                self.swap(&mut exchange, &generation, false).await
             }
             None => Ok(Ending::because(
                 Outcome::Refused,
@@ -819,7 +934,8 @@ impl Worker {
 
     /// The one place where an exchange ends: its report, its line in the history, its terminal event.
     fn end(&mut self, exchange: Exchange<'_>, ending: Ending) {
-        let generation = self.serving().map(|serving| serving.number);
+        let handed_over = self.hand_over.as_ref().map(|spec| spec.generation);
+        let generation = handed_over.or_else(|| Some(self.serving()?.number));
         let Exchange {
             events,
             id,
@@ -898,6 +1014,23 @@ fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
             text: line.text.clone(),
         });
     }
+}
+
+/// What to do if cargo could not get a crate, as where the agent has no network.
+fn missing_crate_hint(error: &str) -> Option<String> {
+    let signs = [
+        "no matching package",
+        "failed to get `",
+        "failed to download",
+        "failed to load source",
+        "failed to select a version",
+        "unable to update registry",
+    ];
+    let is_missing = signs
+        .iter()
+        .any(|sign| error.to_ascii_lowercase().contains(sign));
+    let hint = "give the agent a network for crates it does not have, or build its image anew";
+    is_missing.then(|| hint.to_owned())
 }
 
 /// A build's lines go to its own log, and with everything else to the push's events.

@@ -4,7 +4,18 @@
 //! through the proxy. The path is compared as it was sent: nothing is decoded or normalised, so no spelling that the app
 //! might read as something else reaches the control routes, and what does reach them needs a signature there.
 
-use std::{convert::Infallible, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::{Router, extract::ConnectInfo};
 use bytes::Bytes;
@@ -18,7 +29,6 @@ use hyper_util::{
     server::conn::auto,
 };
 use rrun_protocol::CONTROL_PREFIX;
-use std::task::{Context, Poll};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -28,15 +38,34 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 use crate::{
-    clock::{RunningTimer, running_sleep},
+    clock::{running_sleep, running_timeout},
     proxy::{Proxy, ProxyBody},
 };
 
-/// Connections at once. Cloud Run sends at most 1 000 requests at once to an instance; who opens more waits in the backlog.
-const MAX_CONNECTIONS: usize = 4096;
-/// How long a connection may take to send a request's head, the wait for the first byte included. Longer than the 620 s
-/// after which Google's front ends give idle connections up, so that the two sides never close and send at once.
-const HEAD_LIMIT: Duration = Duration::from_secs(650);
+/// What the front bears.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once; who opens more waits in the backlog.
+    pub connections: usize,
+    /// How long a connection is kept on which nothing is under way, be it that nothing comes or that a request's head
+    /// does not get complete. It may last twice as long: one look each time is enough.
+    pub idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // Cloud Run sends at most 1 000 requests at once to an instance.
+            connections: 4096,
+            // Longer than the 620 s after which Google's front ends give idle connections up, so that the two sides
+            // never close and send at once.
+            idle: Duration::from_secs(650),
+        }
+    }
+}
+
+/// How long an idle connection may take to end in order.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// Longest request head.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 /// HTTP/2 requests at once on one connection.
@@ -53,15 +82,27 @@ pub async fn serve(
     proxy: Arc<Proxy>,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
+    serve_within(Limits::default(), listener, control, proxy, shutdown).await
+}
+
+/// The same with other limits.
+pub async fn serve_within(
+    limits: Limits,
+    listener: TcpListener,
+    control: Router,
+    proxy: Arc<Proxy>,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
     let stop = CancellationToken::new();
     let front = Arc::new(Front {
         control,
         proxy,
+        idle_limit: limits.idle,
         stop: stop.clone(),
     });
     let mut connections = JoinSet::new();
     let mut shutdown = std::pin::pin!(shutdown);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(limits.connections));
     loop {
         tokio::select! {
             () = &mut shutdown => break,
@@ -99,6 +140,7 @@ async fn accept(
 struct Front {
     control: Router,
     proxy: Arc<Proxy>,
+    idle_limit: Duration,
     stop: CancellationToken,
 }
 
@@ -111,10 +153,12 @@ impl Front {
     ) {
         // Fails only on a connection that is broken already, which the first read tells.
         let _ = stream.set_nodelay(true).is_ok();
+        let activity = Arc::new(Activity::default());
         let builder = server();
         let answer = service_fn(|request| {
             let front = Arc::clone(&self);
-            async move { front.answer(request, peer).await }
+            let under_way = activity.begin();
+            async move { front.answer(request, peer, under_way).await }
         });
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), answer);
         let mut connection = std::pin::pin!(connection);
@@ -123,6 +167,10 @@ impl Front {
             () = self.stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
+            }
+            () = activity.idle(self.idle_limit) => {
+                connection.as_mut().graceful_shutdown();
+                running_timeout(FAREWELL_LIMIT, connection).await.unwrap_or(Ok(()))
             }
         };
         if let Err(error) = ended {
@@ -134,13 +182,62 @@ impl Front {
         &self,
         mut request: Request<Incoming>,
         peer: SocketAddr,
+        under_way: UnderWay,
     ) -> Result<Response<FrontBody>, Infallible> {
-        if !request.uri().path().starts_with(CONTROL_PREFIX) {
-            return Ok(self.proxy.forward(request).await.map(FrontBody::Proxy));
+        let response = if request.uri().path().starts_with(CONTROL_PREFIX) {
+            request.extensions_mut().insert(ConnectInfo(peer));
+            let response = self.control.clone().oneshot(request).await?;
+            response.map(Answer::Control)
+        } else {
+            self.proxy.forward(request).await.map(Answer::Proxy)
+        };
+        Ok(response.map(|answer| FrontBody {
+            answer,
+            _under_way: under_way,
+        }))
+    }
+}
+
+/// What happens on one connection, as far as it has to be known whether nothing does.
+#[derive(Debug, Default)]
+struct Activity {
+    begun: AtomicUsize,
+    ended: AtomicUsize,
+}
+
+impl Activity {
+    fn begin(self: &Arc<Self>) -> UnderWay {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        UnderWay(Arc::clone(self))
+    }
+
+    /// Ends when nothing was under way for `limit`.
+    async fn idle(&self, limit: Duration) {
+        let mut before = self.quiet();
+        loop {
+            running_sleep(limit).await;
+            let now = self.quiet();
+            if now.is_some() && now == before {
+                return;
+            }
+            before = now;
         }
-        request.extensions_mut().insert(ConnectInfo(peer));
-        let response = self.control.clone().oneshot(request).await?;
-        Ok(response.map(FrontBody::Control))
+    }
+
+    /// How many requests there were, if none is under way.
+    fn quiet(&self) -> Option<usize> {
+        let ended = self.ended.load(Ordering::Relaxed);
+        (self.begun.load(Ordering::Relaxed) == ended).then_some(ended)
+    }
+}
+
+/// A request until its response was sent or given up.
+#[derive(Debug)]
+struct UnderWay(Arc<Activity>);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.ended.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -148,13 +245,10 @@ fn server() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
-        .timer(RunningTimer)
-        .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(MAX_HEAD_BYTES)
         .auto_date_header(false);
     builder
         .http2()
-        .timer(RunningTimer)
         .max_header_list_size(MAX_HEAD_BYTES as u32)
         .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(HTTP2_WINDOW_BYTES)
@@ -163,8 +257,14 @@ fn server() -> auto::Builder<TokioExecutor> {
     builder
 }
 
+/// Body of a response, under way until it is dropped.
+struct FrontBody {
+    answer: Answer,
+    _under_way: UnderWay,
+}
+
 /// Body of whatever answered.
-enum FrontBody {
+enum Answer {
     Proxy(ProxyBody),
     Control(axum::body::Body),
 }
@@ -177,23 +277,23 @@ impl Body for FrontBody {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        match self.get_mut() {
-            Self::Proxy(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
-            Self::Control(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
+        match &mut self.get_mut().answer {
+            Answer::Proxy(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
+            Answer::Control(body) => Pin::new(body).poll_frame(context).map_err(Into::into),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Proxy(body) => body.is_end_stream(),
-            Self::Control(body) => body.is_end_stream(),
+        match &self.answer {
+            Answer::Proxy(body) => body.is_end_stream(),
+            Answer::Control(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Proxy(body) => body.size_hint(),
-            Self::Control(body) => body.size_hint(),
+        match &self.answer {
+            Answer::Proxy(body) => body.size_hint(),
+            Answer::Control(body) => body.size_hint(),
         }
     }
 }

@@ -79,6 +79,8 @@ pub(crate) fn prepare_request<B>(request: &mut Request<B>, upgrade: bool, http2:
 /// Makes a response of the app one that can be sent to the client.
 pub(crate) fn prepare_response<B>(response: &mut Response<B>) {
     let upgraded = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    // The version is this proxy's own: a client that is told HTTP/1.0 would close its connection.
+    *response.version_mut() = Version::HTTP_11;
     let headers = response.headers_mut();
     remove_hop_by_hop(headers, upgraded);
     headers.remove(TRANSFER_ENCODING);

@@ -229,7 +229,8 @@ impl Keeping {
             self.pause = FIRST_PAUSE;
         }
         self.died = Some(how);
-        running.upstream.cut();
+        // Its requests are not cut: nobody is left at the other end, so each of them tells by itself how far it came,
+        // and those that were not sent yet wait for the next start.
         running.app.kill().await;
         self.tell(Phase::Restarting, None);
         None
@@ -275,7 +276,11 @@ impl Keeping {
     async fn wind_down(&mut self, mut running: Running) -> Option<Running> {
         self.hold(String::from("the app is being replaced"));
         fault_point!("draining");
-        let (requests, streams) = (self.spec.run.drain_limit, self.spec.run.stream_drain_limit);
+        let (requests, streams) = match *self.wishes.borrow() {
+            // Nobody is served meanwhile, so streams get no more time than requests.
+            Wish::Pause => (self.spec.run.drain_limit, self.spec.run.drain_limit),
+            _ => (self.spec.run.drain_limit, self.spec.run.stream_drain_limit),
+        };
         let drained = {
             let upstream = Arc::clone(&running.upstream);
             async move { upstream.drained(requests, streams).await }
@@ -283,13 +288,12 @@ impl Keeping {
         let mut hurry = self.hurry.clone();
         tokio::select! {
             leftover = drained => self.report(leftover),
-            _ = hurry.wait_for(Option::is_some) => {}
+            _ = hurry.wait_for(Option::is_some) => running.upstream.cut(),
             how = running.app.exited() => {
                 tracing::warn!("generation {} {how} before its requests were done", self.spec.generation);
             }
             () = serve_again(&mut self.wishes) => return Some(running),
         }
-        running.upstream.cut();
         running.app.stop(grace(self.hurry.clone())).await;
         self.died = None;
         self.tell(Phase::Restarting, None);

@@ -21,6 +21,7 @@ mod compile;
 mod control;
 mod deploy;
 mod fault;
+mod freshness;
 mod headers;
 mod keeper;
 mod layout;
@@ -33,8 +34,13 @@ mod record;
 mod room;
 mod serve;
 mod shared;
+mod toolchain;
 mod tree;
+mod uploads;
 mod warm;
+mod wire;
+
+pub use control::TABLE as CONTROL_ROUTES;
 
 use std::{path::PathBuf, process::ExitCode};
 

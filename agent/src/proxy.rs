@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
-    HeaderMap, Request, Response, StatusCode, Version,
+    Request, Response, StatusCode, Version,
     body::{Body, Frame, Incoming, SizeHint},
 };
 use hyper_util::rt::TokioIo;
@@ -26,7 +26,8 @@ use tokio::sync::watch;
 
 use crate::{
     clock::running_timeout,
-    headers, page,
+    headers,
+    page::{self, Reader},
     upstream::{BodyError, InFlight, SendError, Upstream, UpstreamBody},
 };
 
@@ -85,15 +86,21 @@ impl Proxy {
 
     /// Answers a request: by the app, or by a page that says why not.
     pub async fn forward(&self, mut request: Request<Incoming>) -> Response<ProxyBody> {
-        let client = Client::of(&request);
+        let reader = Reader::of(request.headers());
         if let Err((status, why)) = headers::check(&request) {
-            return page::refusal(status, why, client.html).map(ProxyBody::Page);
+            return page::refusal(status, why, reader).map(ProxyBody::Page);
         }
         let upgrade = headers::wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
         let response = match self.send(request, upgrade.is_some()).await {
             Ok(response) => response,
-            Err(failure) => return client.page(failure.status, &failure.why),
+            Err(failure) => {
+                return page::response(failure.status, &failure.why, reader).map(ProxyBody::Page);
+            }
         };
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS && upgrade.is_none() {
+            let why = "the app switched protocols although nobody asked for it";
+            return page::response(StatusCode::BAD_GATEWAY, why, reader).map(ProxyBody::Page);
+        }
         deliver(response, upgrade)
     }
 
@@ -251,30 +258,6 @@ impl From<SendError> for Failure {
         };
         Self { status, why }
     }
-}
-
-/// What has to be known of the client for a page.
-#[derive(Clone, Copy)]
-struct Client {
-    html: bool,
-}
-
-impl Client {
-    fn of<B>(request: &Request<B>) -> Self {
-        let html = accepts_html(request.headers());
-        Self { html }
-    }
-
-    fn page(self, status: StatusCode, why: &str) -> Response<ProxyBody> {
-        page::response(status, why, self.html).map(ProxyBody::Page)
-    }
-}
-
-fn accepts_html(headers: &HeaderMap) -> bool {
-    headers
-        .get(hyper::header::ACCEPT)
-        .and_then(|accept| accept.to_str().ok())
-        .is_some_and(|accept| accept.contains("text/html"))
 }
 
 struct Held<'a>(&'a AtomicUsize);

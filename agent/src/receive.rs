@@ -1,14 +1,14 @@
 //! A push's body into checked files beside the tree. Nothing in the tree changes here.
 //!
-//! The body's own digest was checked before; this takes it apart, checks it against the base and gives the tree that results,
+//! The digests of body and upload were checked before; this takes it apart, checks it against the base and gives the tree that results,
 //! which is the announced one or an error that names the entry.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::read::GzDecoder;
 use rrun_protocol::{
-    ArchiveError, ArchiveRules, Entry, Kind, MAX_TREE_BYTES, Manifest, ManifestError, Preamble,
-    PushError, TreeDigest, TreePath, decompress, read_tar, write_tar,
+    ArchiveError, ArchiveRules, Entry, Manifest, ManifestError, Preamble, PushError, TreeDigest,
+    TreePath, WrongPlan, decompress, read_tar, write_tar,
 };
 
 use crate::{
@@ -16,9 +16,6 @@ use crate::{
     room,
     tree::{Staged, Tree},
 };
-
-/// Room for tar's own headers in a stream that unpacks to the largest tree.
-const MAX_STREAM_BYTES: u64 = 2 * MAX_TREE_BYTES;
 
 /// First bytes of a gzip stream, as in a `tar.gz` that is sent as it is.
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
@@ -57,6 +54,12 @@ pub(crate) enum ReceiveError {
     /// Files that cannot be one tree.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// An archive without a file, as of a command that failed: taken as a tree, it would delete everything.
+    #[error("the archive holds no file")]
+    NoFile,
+    /// A plan that would build or run something else than it names.
+    #[error(transparent)]
+    Plan(#[from] WrongPlan),
     /// A content encoding other than gzip.
     #[error("content encoding `{0}` is not known")]
     Encoding(String),
@@ -89,25 +92,37 @@ impl ReceiveError {
 pub(crate) fn receive(
     layout: &Layout,
     base: &Manifest,
-    body: &[u8],
+    mut body: impl Read,
     content_encoding: &str,
 ) -> Result<Received, ReceiveError> {
     let staged = Staged::new(layout).map_err(ReceiveError::Store)?;
+    let start = read_start(&mut body).map_err(ReceiveError::Store)?;
     match content_encoding {
-        "" if Preamble::is_push(body) => receive_push(layout, base, body, staged),
-        "" if !body.starts_with(GZIP_MAGIC) => receive_whole_tree(base, body, staged),
-        "" | "gzip" => receive_whole_tree(base, GzDecoder::new(body), staged),
+        "" if Preamble::is_push(&start) => receive_push(layout, base, &start, body, staged),
+        "" if !start.starts_with(GZIP_MAGIC) => receive_whole_tree(base, start.chain(body), staged),
+        "" | "gzip" => receive_whole_tree(base, GzDecoder::new(start.chain(body)), staged),
         other => Err(ReceiveError::Encoding(other.chars().take(40).collect())),
     }
+}
+
+/// As much as decides what a body is and holds any preamble.
+fn read_start(body: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut start = Vec::new();
+    body.take(Preamble::MAX_START_BYTES as u64)
+        .read_to_end(&mut start)?;
+    Ok(start)
 }
 
 fn receive_push(
     layout: &Layout,
     base: &Manifest,
-    body: &[u8],
+    start: &[u8],
+    rest: impl Read,
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
-    let (preamble, payload) = Preamble::from_body(body)?;
+    let (preamble, payload) = Preamble::from_body(start)?;
+    preamble.plan.check()?;
+    let mut payload = BufReader::new(payload.chain(rest));
     // A push against the empty tree brings everything, so it fits on whatever lies here.
     let nothing = Manifest::default();
     let base = if preamble.base == nothing.tree_digest() {
@@ -128,13 +143,18 @@ fn receive_push(
         Vec::new()
     };
     let mut entries = Vec::new();
-    if !payload.is_empty() {
-        let archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
-        entries = unpack(archive, ArchiveRules::Push, &staged)?;
+    let has_files = !payload.fill_buf().map_err(ReceiveError::Store)?.is_empty();
+    if has_files {
+        let mut archive = decompress(payload, &prefix).map_err(ArchiveError::Unreadable)?;
+        entries = unpack(&mut archive, ArchiveRules::Push, &staged)?;
+        archive.finish()?;
     }
     let (changed, deleted) = (entries.len(), replaced.deleted.len());
     let target = preamble.resulting_tree(base, entries)?;
     check_links(layout, &target, &staged)?;
+    if !preamble.no_build {
+        preamble.plan.check_folder(&target)?;
+    }
     Ok(Received {
         preamble: Some(preamble),
         target,
@@ -150,6 +170,9 @@ fn receive_whole_tree(
     staged: Staged,
 ) -> Result<Received, ReceiveError> {
     let target = Manifest::new(unpack(archive, ArchiveRules::WholeTree, &staged)?)?;
+    if target.is_empty() {
+        return Err(ReceiveError::NoFile);
+    }
     target.check_links(|_, entry| link_target(staged.read(&entry.digest)))?;
     let changed = target
         .iter()
@@ -191,14 +214,10 @@ fn unpack(
     staged: &Staged,
 ) -> Result<Vec<(TreePath, Entry)>, ArchiveError> {
     let mut entries = Vec::new();
-    read_tar(
-        archive.take(MAX_STREAM_BYTES),
-        rules,
-        |path: &TreePath, kind: Kind, content| {
-            entries.push((path.clone(), staged.store(kind, content)?));
-            Ok(())
-        },
-    )?;
+    read_tar(archive, rules, |path, kind, content| {
+        entries.push((path.clone(), staged.store(kind, content)?));
+        Ok(())
+    })?;
     Ok(entries)
 }
 
@@ -219,7 +238,7 @@ fn link_target(content: io::Result<Vec<u8>>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rrun_protocol::{BuildPlan, CheckoutId, Plan, RunPlan, compress};
+    use rrun_protocol::{BuildPlan, CheckoutId, Kind, Plan, RunPlan, compress};
 
     struct Bench {
         _folder: tempfile::TempDir,
@@ -268,7 +287,7 @@ mod tests {
             base: base.tree_digest(),
             target,
             with_prefix: true,
-            no_build: false,
+            no_build: true,
             changed: changed.to_vec(),
             deleted: deleted.to_vec(),
             plan: Plan {
@@ -284,7 +303,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let layout = Layout::create(folder.path()).unwrap();
             let mut tree = Tree::open(&layout).unwrap();
-            let received = receive(&layout, tree.manifest(), &archive(files), "").unwrap();
+            let received = receive(&layout, tree.manifest(), &archive(files)[..], "").unwrap();
             tree.apply(received.target, &received.staged).unwrap();
             Self {
                 _folder: folder,
@@ -388,12 +407,13 @@ mod tests {
         gzip.write_all(&tar).unwrap();
         let gzip = gzip.finish().unwrap();
         for (body, encoding) in [(&tar, ""), (&gzip, "gzip"), (&gzip, "")] {
-            let received = receive(&bench.layout, bench.tree.manifest(), body, encoding).unwrap();
+            let received =
+                receive(&bench.layout, bench.tree.manifest(), &body[..], encoding).unwrap();
             assert_eq!(received.target, manifest(&[("a", Kind::File, "2")]));
             assert_eq!((received.changed, received.deleted), (1, 1));
         }
         assert!(matches!(
-            receive(&bench.layout, bench.tree.manifest(), &tar, "br"),
+            receive(&bench.layout, bench.tree.manifest(), &tar[..], "br"),
             Err(ReceiveError::Encoding(name)) if name == "br"
         ));
     }

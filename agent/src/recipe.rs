@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rrun_protocol::BuildPlan;
+use rrun_protocol::{BuildPlan, TreePath};
 use tokio::io::AsyncReadExt as _;
 
 use crate::{child, layout::Layout};
@@ -52,12 +52,14 @@ const PASSED_ON: [&str; 31] = [
 ///
 /// Lines for backtraces and no more: less debug information to write and link saves a fifth of an incremental build.
 /// Incremental is said out loud because cargo turns it off where `CI` is set.
-const ALWAYS: [(&str, &str); 5] = [
+/// A toolchain that the image does not have is an error, not a download into the instance's memory at each push.
+const ALWAYS: [(&str, &str); 6] = [
     ("CARGO_INCREMENTAL", "1"),
     ("CARGO_PROFILE_DEV_DEBUG", "line-tables-only"),
     ("CARGO_TERM_COLOR", "always"),
     ("CARGO_TERM_PROGRESS_WHEN", "always"),
     ("CARGO_TERM_PROGRESS_WIDTH", "80"),
+    ("RUSTUP_AUTO_INSTALL", "0"),
 ];
 
 /// Names cargo's target directory, and so whose build a process belongs to.
@@ -148,14 +150,18 @@ fn base_environment() -> Vec<(OsString, OsString)> {
 pub(crate) fn build(layout: &Layout, plan: &BuildPlan) -> Command {
     let mut command =
         cargo(layout, plan).arguments(["build", "--message-format=json-diagnostic-rendered-ansi"]);
-    command = command.arguments(["--package", &plan.package, "--bin", &plan.bin]);
+    // In one word with its option, no value can be taken for an option of its own.
+    command = command.arguments([
+        format!("--package={}", plan.package),
+        format!("--bin={}", plan.bin),
+    ]);
     // Dependencies do not change from push to push, and nobody steps through them there.
     command = command.arguments(["--config", "profile.dev.package.\"*\".debug=false"]);
     if plan.profile != "dev" {
-        command = command.arguments(["--profile", &plan.profile]);
+        command = command.arguments([format!("--profile={}", plan.profile)]);
     }
     if !plan.features.is_empty() {
-        command = command.arguments(["--features", &plan.features.join(",")]);
+        command = command.arguments([format!("--features={}", plan.features.join(","))]);
     }
     if plan.no_default_features {
         command = command.arguments(["--no-default-features"]);
@@ -165,7 +171,11 @@ pub(crate) fn build(layout: &Layout, plan: &BuildPlan) -> Command {
 
 /// `cargo clean` for one package of `plan`'s workspace.
 pub(crate) fn clean(layout: &Layout, plan: &BuildPlan, package: &str) -> Command {
-    cargo(layout, plan).arguments(["clean", "--package", package, "--profile", &plan.profile])
+    cargo(layout, plan).arguments([
+        "clean".to_owned(),
+        format!("--package={package}"),
+        format!("--profile={}", plan.profile),
+    ])
 }
 
 /// `cargo metadata` for the cargo workspace in `folder`.
@@ -174,16 +184,21 @@ pub(crate) fn metadata(folder: &Path) -> Command {
     command.arguments(["metadata", "--no-deps", "--format-version", "1"])
 }
 
-/// `rustc --version` as the tree's toolchain file selects it.
-pub(crate) fn toolchain(layout: &Layout) -> Command {
-    Command::new("rustc", &layout.tree(), base_environment()).arguments(["--version"])
+/// `rustc --version` as a toolchain file in the tree selects it.
+pub(crate) fn toolchain(layout: &Layout, directory: Option<&TreePath>) -> Command {
+    Command::new("rustc", &folder(layout, directory), base_environment()).arguments(["--version"])
+}
+
+/// A folder of the tree; `None` is its root.
+fn folder(layout: &Layout, directory: Option<&TreePath>) -> PathBuf {
+    match directory {
+        Some(directory) => layout.tree().join(directory),
+        None => layout.tree(),
+    }
 }
 
 fn cargo(layout: &Layout, plan: &BuildPlan) -> Command {
-    let folder = match &plan.directory {
-        Some(folder) => layout.tree().join(folder),
-        None => layout.tree(),
-    };
+    let folder = folder(layout, plan.directory.as_ref());
     let mut environment = base_environment();
     environment.push((TARGET_DIRECTORY.into(), layout.target().into()));
     environment.extend(

@@ -132,6 +132,13 @@ impl<T: Clone + Send + 'static> Record<T> {
         })
     }
 
+    /// The kept items after number `from`, as they are now.
+    pub(crate) fn kept_after(&self, from: u64) -> Vec<(u64, T)> {
+        let state = self.lock();
+        let numbered = (state.dropped + 1..).zip(state.items.iter().cloned());
+        numbered.filter(|(number, _)| *number > from).collect()
+    }
+
     fn change(&self, change: impl FnOnce(&mut State<T>)) {
         change(&mut self.lock());
         self.version.send_modify(|version| *version += 1);
@@ -180,6 +187,9 @@ mod tests {
         (1..=5).for_each(|item| record.append(item));
         record.finish();
         assert_eq!(kept(&record, 0).await, [(4, 4), (5, 5)]);
+        assert_eq!(record.kept_after(0), [(4, 4), (5, 5)]);
+        assert_eq!(record.kept_after(4), [(5, 5)]);
+        assert_eq!(record.kept_after(u64::MAX), []);
     }
 
     #[tokio::test]

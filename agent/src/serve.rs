@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use rrun_protocol::{BootId, PublicKey};
+use rrun_protocol::{BootId, MAX_UPLOADS_BYTES, PublicKey};
 use rustix::process::Signal;
 use tokio::{
     net::TcpListener,
@@ -33,10 +33,10 @@ use crate::{
     platform,
     proxy::Proxy,
     publish::Generations,
-    recipe,
     service::Service,
     shared::Shared,
     tree::Tree,
+    uploads::Uploads,
 };
 
 /// How long answers under way may take once everything else has ended.
@@ -99,7 +99,14 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         app_environment(),
     );
     let gate = Arc::new(Gate::new(keys, boot));
-    let routes = control::routes(gate, Arc::clone(&shared), requests, stop.clone());
+    let uploads = Arc::new(Uploads::new(layout, MAX_UPLOADS_BYTES));
+    let routes = control::routes(
+        gate,
+        Arc::clone(&shared),
+        requests,
+        Arc::clone(&uploads),
+        stop.clone(),
+    );
     let proxy = Arc::new(Proxy::new(route));
 
     let close = CancellationToken::new();
@@ -110,13 +117,15 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         close.clone().cancelled_owned(),
     ));
     tokio::spawn(pass_on_signals(Arc::clone(&shared))?);
-    tokio::spawn(find_toolchain(Arc::clone(&shared)));
     tracing::info!("listening on {}", SocketAddr::new(arguments.bind, port));
     if let Some(file) = &arguments.announce {
         announce(file, port, boot)?;
     }
 
-    let end = deployer.run(stop).await;
+    let end = tokio::select! {
+        end = deployer.run(stop) => end,
+        never = uploads.forget_idle() => match never {},
+    };
     close.cancel();
     // Who follows a log would keep its connection for ever.
     let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
@@ -209,17 +218,6 @@ fn pass_on_signals(shared: Arc<Shared>) -> std::io::Result<impl Future<Output = 
             }
         }
     })
-}
-
-/// Asks for the compiler's version beside everything else: under rustup that takes longer than the whole start.
-async fn find_toolchain(shared: Arc<Shared>) {
-    match recipe::toolchain(&shared.layout).output().await {
-        Ok(output) => {
-            let version = String::from_utf8_lossy(&output).trim().to_owned();
-            shared.update(|status| status.toolchain = Some(version));
-        }
-        Err(error) => tracing::warn!("there is no rustc here: {error}"),
-    }
 }
 
 fn announce(file: &Path, port: u16, boot: BootId) -> anyhow::Result<()> {

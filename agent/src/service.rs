@@ -165,11 +165,19 @@ impl Service {
         self.replace(spec, &CancellationToken::new()).await
     }
 
-    /// Stops what serves, after its requests; new ones are told `why`.
-    pub async fn stop(&mut self, why: &str) {
+    /// Tells requests `why` nothing serves, if nothing does.
+    pub fn explain(&self, why: &str) {
+        if self.current.is_none() {
+            self.routes.take_over(nothing(why));
+        }
+    }
+
+    /// Stops what serves within `limit`, as [`Self::shutdown`] does; new requests are told `why`.
+    pub async fn stop(&mut self, why: &str, limit: Duration) {
         self.routes.take_over(nothing(why));
         self.retire();
-        self.retired().await;
+        self.end_retiring(limit).await;
+        self.hurry.send_replace(None);
     }
 
     /// Stops everything. Requests under way have two fifths of `limit`, then everything gets SIGTERM, and SIGKILL after
@@ -177,6 +185,10 @@ impl Service {
     pub async fn shutdown(mut self, limit: Duration) {
         self.routes.take_over(nothing("the agent is shutting down"));
         self.retire();
+        self.end_retiring(limit).await;
+    }
+
+    async fn end_retiring(&mut self, limit: Duration) {
         let share = limit * 2 / 5;
         if running_timeout(share, self.retired()).await.is_ok() {
             return;

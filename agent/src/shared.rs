@@ -126,8 +126,11 @@ impl Shared {
             .map(|(_, events)| Arc::clone(events))
     }
 
-    /// Starts the events of a push.
+    /// Starts the events of a push, or goes on with those that were started.
     pub(crate) fn start_push(&self, push: PushId) -> Events {
+        if let Some(started) = self.events(push) {
+            return started;
+        }
         let events = Record::new(MAX_EVENTS_KEPT);
         let mut state = self.lock();
         state.pushes.push_back((push, Arc::clone(&events)));

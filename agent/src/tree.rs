@@ -39,7 +39,7 @@ const INTERRUPTED: &str = "interrupted";
 /// every 1 to 10 ms, so two moments within a tick look equal to cargo.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Build plans whose touched files are remembered; beyond it the oldest starts over, which only costs a stricter check.
+/// Build plans whose touched files are remembered. One beyond that is taken for new: what others touched since counts for it.
 const MAX_BUILD_PLANS: usize = 8;
 
 /// The tree, with everything needed to change it safely.
@@ -47,6 +47,8 @@ pub(crate) struct Tree {
     layout: Layout,
     folder: Dir,
     manifest: Manifest,
+    /// What the tree was before the last push.
+    previous: Manifest,
     digest: TreeDigest,
     stamps: HashMap<TreePath, Stamp>,
     touched: Touched,
@@ -134,6 +136,7 @@ impl Tree {
             folder,
             digest: manifest.tree_digest(),
             manifest,
+            previous: Manifest::default(),
             stamps: HashMap::new(),
             touched: layout.load(TOUCHED).unwrap_or_default(),
             last_build: layout.load(LAST_BUILD).unwrap_or_default(),
@@ -182,6 +185,11 @@ impl Tree {
                     folders.push(path);
                     continue;
                 }
+                anyhow::ensure!(
+                    metadata.is_file() || metadata.is_symlink(),
+                    "`{}` is no file, folder or link",
+                    path.display()
+                );
                 let relative = TreePath::from_bytes(relative.as_os_str().as_encoded_bytes())?;
                 let entry = if metadata.is_symlink() {
                     let target = fs::read_link(&path)?;
@@ -381,7 +389,13 @@ impl Tree {
     /// Pushed files whose content is no longer the pushed one. Only those whose metadata changed are read.
     fn changed_behind_our_back(&mut self) -> anyhow::Result<BTreeSet<TreePath>> {
         let mut changed = BTreeSet::new();
+        let mut folders = RealFolders::default();
         for (path, entry) in self.manifest.iter() {
+            // Behind a link that took a folder's place lie other files, whatever they hold.
+            if !folders.hold(&self.layout.tree(), path) {
+                changed.insert(path.clone());
+                continue;
+            }
             let on_disk = self.layout.tree().join(path);
             let stamp = fs::symlink_metadata(&on_disk)
                 .ok()
@@ -472,14 +486,16 @@ impl Tree {
         self.digest = manifest.tree_digest();
         self.stamps
             .retain(|path, _| manifest.get(path.as_str()).is_some());
-        self.manifest = manifest;
+        self.previous = std::mem::replace(&mut self.manifest, manifest);
         self.drop_unused_contents()
     }
 
+    /// Keeps what the tree before this one needs too: another push that starts from it may be read at this moment.
     fn drop_unused_contents(&self) -> anyhow::Result<()> {
         let used: HashSet<String> = self
             .manifest
             .iter()
+            .chain(self.previous.iter())
             .map(|(_, entry)| entry.digest.to_string())
             .collect();
         for item in fs::read_dir(self.layout.contents())? {
@@ -506,6 +522,9 @@ impl Tree {
 
     fn delete(&mut self, path: &TreePath) -> io::Result<()> {
         self.stamps.remove(path);
+        if !RealFolders::default().hold(&self.layout.tree(), path) {
+            return Ok(());
+        }
         match self.folder.symlink_metadata(path) {
             Ok(metadata) if !metadata.is_dir() => self.folder.remove_file(path)?,
             // Already gone, or something else took its place: neither is the pushed file.
@@ -596,7 +615,25 @@ impl Stamp {
     }
 }
 
-/// The entry that a file on disk makes.
+/// Which folders of the tree are folders, and no links to some.
+#[derive(Default)]
+struct RealFolders(HashMap<String, bool>);
+
+impl RealFolders {
+    /// Whether every folder above `path` is one.
+    fn hold(&mut self, tree: &Path, path: &TreePath) -> bool {
+        path.ancestors().all(|folder| {
+            if let Some(known) = self.0.get(folder) {
+                return *known;
+            }
+            let is_real = fs::symlink_metadata(tree.join(folder)).is_ok_and(|found| found.is_dir());
+            self.0.insert(folder.to_owned(), is_real);
+            is_real
+        })
+    }
+}
+
+/// The entry that a file on disk makes. Nothing but files and links is opened: a named pipe would never answer.
 fn read_entry(path: &Path) -> io::Result<Entry> {
     let metadata = fs::symlink_metadata(path)?;
     if metadata.is_symlink() {
@@ -604,6 +641,9 @@ fn read_entry(path: &Path) -> io::Result<Entry> {
             Kind::Symlink,
             fs::read_link(path)?.as_os_str().as_encoded_bytes(),
         ));
+    }
+    if !metadata.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
     let executable = metadata.permissions().mode() & 0o100 != 0;
     let (size, digest) = copy_and_digest(&mut fs::File::open(path)?, &mut io::sink())?;
@@ -618,7 +658,11 @@ fn read_entry(path: &Path) -> io::Result<Entry> {
     })
 }
 
-fn copy_and_digest(from: &mut dyn Read, to: &mut dyn io::Write) -> io::Result<(u64, Digest)> {
+/// Copies everything, and gives its size and digest.
+pub(crate) fn copy_and_digest(
+    from: &mut dyn Read,
+    to: &mut dyn io::Write,
+) -> io::Result<(u64, Digest)> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 64 << 10];
     let mut size = 0;
@@ -864,6 +908,74 @@ mod tests {
             ("1", "2")
         );
         assert!(!bench.path("file").is_symlink());
+    }
+
+    /// A build or the app may have put anything in a pushed file's place.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_named_pipe_in_a_pushed_file_s_place_is_replaced_and_never_read() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1"), file("b", "1")]);
+        fs::remove_file(bench.path("a")).unwrap();
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, bench.path("a"), mode).unwrap();
+        let applied = bench.apply(&mut tree, &[file("a", "1"), file("b", "2")]);
+        assert_eq!(applied.restored, [TreePath::new("a").unwrap()]);
+        assert_eq!((bench.read("a"), bench.read("b")), ("1".into(), "2".into()));
+    }
+
+    #[test]
+    fn a_folder_that_became_a_link_to_a_copy_is_made_anew_with_all_its_files() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        let files = [file("src/a", "1"), file("src/b", "1"), file("other/b", "1")];
+        bench.apply(&mut tree, &files);
+        fs::rename(bench.path("src"), bench.path("copy")).unwrap();
+        std::os::unix::fs::symlink("copy", bench.path("src")).unwrap();
+        bench.apply(
+            &mut tree,
+            &[file("src/a", "2"), file("src/b", "1"), file("other/b", "1")],
+        );
+        assert!(!bench.path("src").is_symlink());
+        assert_eq!(
+            (bench.read("src/a"), bench.read("src/b")),
+            ("2".into(), "1".into())
+        );
+        assert_eq!(
+            bench.read("copy/a"),
+            "1",
+            "what was not pushed is left alone"
+        );
+    }
+
+    #[test]
+    fn deleting_does_not_follow_a_link_to_another_pushed_file() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("old/a", "1"), file("other/a", "1")]);
+        fs::remove_dir_all(bench.path("old")).unwrap();
+        std::os::unix::fs::symlink("other", bench.path("old")).unwrap();
+        bench.apply(&mut tree, &[file("other/a", "1")]);
+        assert_eq!(bench.read("other/a"), "1");
+    }
+
+    #[test]
+    fn what_a_build_left_gives_way_to_pushed_files_and_folders() {
+        let bench = Bench::new();
+        let mut tree = bench.open();
+        bench.apply(&mut tree, &[file("a", "1")]);
+        fs::create_dir_all(bench.path("file/deep/er")).unwrap();
+        fs::write(bench.path("file/deep/er/x"), "built").unwrap();
+        fs::write(bench.path("folder"), "built").unwrap();
+        std::os::unix::fs::symlink("/", bench.path("linked")).unwrap();
+        let target = [
+            file("file", "2"),
+            file("folder/a", "3"),
+            file("linked/etc/b", "4"),
+        ];
+        bench.apply(&mut tree, &target);
+        assert_eq!(bench.files(), ["file", "folder/a", "linked/etc/b"]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::clock::running_timeout;
+use crate::{clock::running_timeout, wire::Wire};
 
 /// A connection that was idle for longer is not used again: the app may be about to close it. In real time, because a
 /// frozen container wakes up with the app's own idle limits past. Opening one on the loopback takes a tenth of a millisecond.
@@ -155,7 +155,8 @@ impl Upstream {
     async fn send_http1(
         &self,
         mut request: Request<Incoming>,
-    ) -> Result<(Response<Incoming>, http1::SendRequest<Incoming>), SendError> {
+    ) -> Result<(Response<Incoming>, Option<http1::SendRequest<Incoming>>), SendError> {
+        let with_body = !request.body().is_end_stream();
         loop {
             let (mut sender, reused) = match self.take_idle() {
                 Some(sender) => (sender, true),
@@ -167,7 +168,10 @@ impl Upstream {
                 },
             };
             match sender.try_send_request(request).await {
-                Ok(response) => return Ok((response, sender)),
+                Ok(response) => {
+                    let reusable = !(with_body && refuses(&response));
+                    return Ok((response, reusable.then_some(sender)));
+                }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) if reused => request = unsent,
                     Some(unsent) => {
@@ -204,7 +208,7 @@ impl Upstream {
             .position(|idle| idle.since.elapsed() < MAX_IDLE)
             .unwrap_or(idle.len());
         idle.drain(..oldest_fresh);
-        idle.retain(|idle| !idle.sender.is_closed());
+        // What is closed is never ready, and goes when its time is over.
         let ready = idle.iter().rposition(|idle| idle.sender.is_ready())?;
         Some(idle.remove(ready).sender)
     }
@@ -224,7 +228,7 @@ impl Upstream {
         let stream = connect(self.address).await?;
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(MAX_RESPONSE_HEAD_BYTES)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Wire::new(stream)))
             .await
             .map_err(io::Error::other)?;
         tokio::spawn(async move {
@@ -254,6 +258,11 @@ impl Upstream {
         });
         Ok(kept.insert(sender).clone())
     }
+}
+
+/// Who refuses a request may not have read its body, and closes the connection then without saying so.
+fn refuses(response: &Response<Incoming>) -> bool {
+    response.status().is_client_error() || response.status().is_server_error()
 }
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
@@ -341,8 +350,7 @@ impl InFlight {
                 let response = self.upstream.send_http2(request).await?;
                 Ok((response, None))
             } else {
-                let (response, sender) = self.upstream.send_http1(request).await?;
-                Ok((response, Some(sender)))
+                self.upstream.send_http1(request).await
             }
         };
         let (response, sender) = tokio::select! {

@@ -90,9 +90,7 @@ pub(crate) async fn warm(arguments: Arguments) -> anyhow::Result<()> {
     tree.build_ended(true);
     let built = match built {
         Ok(built) => built,
-        Err(CompileError::Failed { status, .. }) => {
-            bail!("the tree does not compile: cargo ended with {status}")
-        }
+        Err(CompileError::Failed { error, .. }) => bail!("the tree does not compile: {error}"),
         Err(error) => return Err(error.into()),
     };
     tree.built(build_plan);

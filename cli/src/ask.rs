@@ -82,6 +82,12 @@ impl AskError {
         matches!(self, Self::Broken { .. } | Self::Unreachable { .. })
     }
 
+    /// Whether the same request may be taken in a moment: it broke on its way, or the agent had its hands full.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Broken { .. })
+            || self.refused_with(StatusCode::SERVICE_UNAVAILABLE).is_some()
+    }
+
     /// The refusal with this status, if it is one.
     pub(crate) fn refused_with(&self, expected: StatusCode) -> Option<&Refusal> {
         match self {
@@ -178,6 +184,14 @@ impl Agent {
     /// Asks for a JSON value.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, AskError> {
         let answer = self.ask(Method::GET, path, Bytes::new()).await?;
+        self.read(answer).await
+    }
+
+    /// Reads an answer that is a JSON value.
+    pub(crate) async fn read<T: DeserializeOwned>(
+        &self,
+        answer: Response<Incoming>,
+    ) -> Result<T, AskError> {
         let body = self.collect(answer, MAX_ANSWER_BYTES).await?;
         serde_json::from_slice(&body).map_err(|_| self.no_agent("its answer is not an agent's"))
     }

@@ -14,7 +14,6 @@ use crate::{
         CancelArguments, ControlArguments, KeyArguments, LogsArguments, QuestionArguments,
         RollbackArguments, SignArguments, StopArguments, UseArguments,
     },
-    ask::Agent,
     checkout,
     commands::Here,
     connection::{ServiceUrl, innermost},
@@ -94,17 +93,15 @@ async fn follow(
     let agent = running_agent(here, &arguments.target, &arguments.folder).await?;
     account.url = Some(agent.connection().url().to_string());
     let answer = agent.ask(Method::POST, path, Default::default()).await?;
-    let sent = send::follow(&agent, None, answer, &mut |event| {
+    let sent = send::follow(&agent, answer, &mut |event| {
         here.render.event(event);
         Then::GoOn
     })
     .await?;
     account.traffic = agent.connection().traffic();
     match sent {
-        Sent::Finished(report) => {
-            agent.signer().remember_tree(report.tree);
-            Ok(account.reported(report))
-        }
+        // The tree on the agent is still the last pushed one: nothing to remember.
+        Sent::Finished(report) => Ok(account.reported(report)),
         _ => Err(Problem::unreachable("the agent forgot what it was doing")),
     }
 }
@@ -122,7 +119,8 @@ pub(crate) async fn stop(here: &Here, arguments: &StopArguments) -> Result<(), P
         return Ok(());
     }
     let agent = running_agent(here, &arguments.target, &arguments.folder).await?;
-    post(&agent, &format!("{CONTROL_PREFIX}stop")).await?;
+    let path = format!("{CONTROL_PREFIX}stop");
+    agent.ask(Method::POST, &path, Default::default()).await?;
     here.render.line("stopped the app");
     Ok(())
 }
@@ -137,13 +135,14 @@ pub(crate) async fn cancel(here: &Here, arguments: &CancelArguments) -> Result<(
         here.render.line("no push is under way");
         return Ok(());
     };
-    post(&agent, &format!("{CONTROL_PREFIX}cancel?push={push}")).await?;
-    here.render.line(format_args!("cancelled push {push}"));
-    Ok(())
-}
-
-async fn post(agent: &Agent, path: &str) -> Result<(), Problem> {
-    agent.ask(Method::POST, path, Default::default()).await?;
+    let path = format!("{CONTROL_PREFIX}cancel?push={push}");
+    let answer = agent.ask(Method::POST, &path, Default::default()).await?;
+    match agent.read(answer).await? {
+        true => here.render.line(format_args!("cancelled push {push}")),
+        false => here
+            .render
+            .line(format_args!("push {push} is not under way")),
+    }
     Ok(())
 }
 

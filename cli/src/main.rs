@@ -25,6 +25,7 @@ mod interrupt;
 mod keys;
 mod local;
 mod pack;
+mod pauses;
 mod problem;
 mod process;
 mod push;
@@ -33,6 +34,7 @@ mod scan;
 mod send;
 mod service;
 mod sign;
+mod upload;
 mod weigh;
 
 use std::{process::ExitCode, time::Instant};

@@ -103,16 +103,6 @@ impl Render {
                 self.talk(format_args!("{FAINT}app {stream} |{FAINT:#} {text}"));
             }
             EventKind::Warning { text, hint } => self.warning(text, hint.as_deref()),
-            EventKind::Applied { restored, .. } if !restored.is_empty() => {
-                let names: Vec<&str> = restored.iter().map(|path| path.as_str()).collect();
-                self.warning(
-                    &format!(
-                        "the build had changed what was pushed, and it was put back: {}",
-                        names.join(", ")
-                    ),
-                    Some("push these files as the build leaves them, or let it write into OUT_DIR"),
-                );
-            }
             EventKind::Received { .. }
             | EventKind::Applied { .. }
             | EventKind::Building { .. }

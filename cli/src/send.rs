@@ -1,30 +1,38 @@
 //! Sends a packed push and follows its events to the terminal one.
 //!
 //! A stream that breaks, or that ends without its terminal event, is taken up at the last event seen, on a new connection.
+//! Where something between laptop and agent holds streams back until they end, what happened is asked for again and again
+//! beside the stream, which stays open: Cloud Run gives a container CPU only while it answers a request.
 //! What the agent's tree is, and whether a push has to be packed again, is told to the caller, who knows the files.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use hyper::{Method, Response, StatusCode, body::Incoming};
 use rrun_protocol::{
-    CONTROL_PREFIX, Event, EventKind, ExitCode, HEARTBEAT_EVERY, MAX_EVENT_LINE_BYTES, Manifest,
-    PushId, Report, TreeDigest, UNASKED_BODY_BYTES,
+    CONTROL_PREFIX, Digest, Event, EventKind, ExitCode, HEARTBEAT_EVERY, MAX_EVENT_LINE_BYTES,
+    Manifest, Preamble, PushId, Report, TreeDigest, UNASKED_BODY_BYTES, UPLOAD_PART_BYTES,
+    push_path,
 };
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
     ask::{Agent, AskError},
     cache::Cache,
     connection::innermost,
+    pauses::Pauses,
+    upload::upload,
 };
 
 /// Longest silence before a stream counts as broken: several heartbeats may get lost.
 const SILENCE: Duration = Duration::from_secs(4 * HEARTBEAT_EVERY.as_secs());
-/// How often a stream is taken up again without a new event in between.
-const MAX_RETRIES: u32 = 8;
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a stream may take until its first line, which the agent sends at once; beyond it the events are asked for.
+const FIRST_LINE_LIMIT: Duration = Duration::from_millis(2500);
+/// The same between two lines: a heartbeat is late.
+const NEXT_LINE_LIMIT: Duration = Duration::from_secs(HEARTBEAT_EVERY.as_secs() + 3);
+/// How often the events are asked for while the stream tells none.
+const POLL_EVERY: Duration = Duration::from_secs(1);
 
 /// How sending ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -77,14 +85,24 @@ pub(crate) async fn send(
             return Ok(Sent::OtherTree(tree));
         }
     }
-    let path = format!("{CONTROL_PREFIX}pushes/{}", push.id);
+    let letter = Letter::of(push);
+    let mut follower = Follower::new(agent, Some(push.id), see);
     let mut pauses = Pauses::default();
-    let answer = loop {
-        match agent.ask(Method::POST, &path, push.body.clone()).await {
-            Ok(answer) => break answer,
+    letter.send_ahead(agent).await?;
+    loop {
+        match follower
+            .open(Method::POST, &letter.path, &letter.body)
+            .await
+        {
+            Met::End(sent) => return Ok(sent),
+            Met::Stream(Ok(answer)) => return follower.follow(answer).await,
             // The same id again is applied once, so a push that may have arrived can be sent again.
-            Err(error @ AskError::Broken { .. }) => pauses.wait(error).await?,
-            Err(error) => {
+            Met::Stream(Err(error)) if error.is_passing() => pauses.wait(error).await?,
+            Met::Stream(Err(error)) if letter.is_missed(&error) => {
+                pauses.wait(error).await?;
+                letter.send_ahead(agent).await?;
+            }
+            Met::Stream(Err(error)) => {
                 let refusal = error.refused_with(StatusCode::CONFLICT);
                 return match refusal.and_then(|refusal| refusal.tree) {
                     Some(tree) => Ok(Sent::OtherTree(tree)),
@@ -92,71 +110,229 @@ pub(crate) async fn send(
                 };
             }
         }
-    };
-    follow(agent, Some(push.id), answer, see).await
+    }
 }
 
-/// Follows an event stream to its end. `id` may be told by the stream itself.
+/// A push as it goes over the wire.
+struct Letter {
+    path: String,
+    body: Bytes,
+    /// What goes ahead in parts.
+    upload: Option<(Digest, Bytes)>,
+}
+
+impl Letter {
+    fn of(push: Push<'_>) -> Self {
+        let payload = Preamble::from_body(push.body).map_or(0, |(_, payload)| payload.len());
+        if payload as u64 <= UPLOAD_PART_BYTES {
+            return Self {
+                path: push_path(push.id, None),
+                body: push.body.clone(),
+                upload: None,
+            };
+        }
+        let preamble = push.body.slice(..push.body.len() - payload);
+        let payload = push.body.slice(preamble.len()..);
+        let digest = Digest::of(&payload);
+        Self {
+            path: push_path(push.id, Some(&digest)),
+            body: preamble,
+            upload: Some((digest, payload)),
+        }
+    }
+
+    async fn send_ahead(&self, agent: &Agent) -> Result<(), AskError> {
+        match &self.upload {
+            Some((digest, payload)) => upload(agent, digest, payload).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the agent does not have the upload any more.
+    fn is_missed(&self, error: &AskError) -> bool {
+        self.upload.is_some() && error.refused_with(StatusCode::NOT_FOUND).is_some()
+    }
+}
+
+/// Follows an event stream to its end. Which push it tells of is told by the stream itself.
 pub(crate) async fn follow(
     agent: &Agent,
-    mut id: Option<PushId>,
     answer: Response<Incoming>,
     see: &mut impl FnMut(&Event) -> Then,
 ) -> Result<Sent, AskError> {
-    let mut lines = Lines::new(answer);
-    let mut seen = 0;
-    let mut pauses = Pauses::default();
-    loop {
-        let why = match lines.next().await {
-            Line::Event(event) => {
-                if let EventKind::Received { push, .. } = &event.kind {
-                    id = Some(*push);
+    Follower::new(agent, None, see).follow(answer).await
+}
+
+/// Sees the events of one push, from one stream after the other and from what is asked for beside them.
+struct Follower<'a, S> {
+    agent: &'a Agent,
+    id: Option<PushId>,
+    /// Number of the last event seen.
+    seen: u64,
+    see: &'a mut S,
+    pauses: Pauses,
+    /// When the agent was last heard, by the stream or beside it.
+    heard: Instant,
+    /// When to ask beside the stream, unless it tells something.
+    poll_at: Instant,
+}
+
+/// What came first.
+enum Met<T> {
+    /// What the stream was waited for with.
+    Stream(T),
+    /// The end, from what was asked for beside the stream.
+    End(Sent),
+}
+
+impl<'a, S: FnMut(&Event) -> Then> Follower<'a, S> {
+    fn new(agent: &'a Agent, id: Option<PushId>, see: &'a mut S) -> Self {
+        let now = Instant::now();
+        Self {
+            agent,
+            id,
+            seen: 0,
+            see,
+            pauses: Pauses::default(),
+            heard: now,
+            poll_at: now + FIRST_LINE_LIMIT,
+        }
+    }
+
+    /// Asks for a stream.
+    async fn open(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &Bytes,
+    ) -> Met<Result<Response<Incoming>, AskError>> {
+        self.poll_at = Instant::now() + FIRST_LINE_LIMIT;
+        let agent = self.agent;
+        self.or_poll(agent.ask(method, path, body.clone())).await
+    }
+
+    async fn follow(mut self, answer: Response<Incoming>) -> Result<Sent, AskError> {
+        let mut lines = Lines::new(answer);
+        self.heard = Instant::now();
+        loop {
+            let why = match self.next_line(&mut lines).await {
+                Met::End(sent) => return Ok(sent),
+                Met::Stream(Line::Event(event)) => match self.take(event) {
+                    Some(sent) => return Ok(sent),
+                    None => continue,
+                },
+                Met::Stream(Line::Junk) if self.seen == 0 => {
+                    return Err(self.agent.no_agent("its answer is not an agent's"));
                 }
-                if event.kind.is_kept() && event.seq <= seen {
-                    continue;
+                Met::Stream(Line::Junk) => "the agent's answer cannot be read".to_owned(),
+                Met::Stream(Line::Cut(why)) => why,
+            };
+            let Some(id) = self.id else {
+                return Err(self.agent.broken(why));
+            };
+            self.pauses.wait(self.agent.broken(why)).await?;
+            lines = match self.take_up(id).await? {
+                Met::End(sent) => return Ok(sent),
+                Met::Stream(Some(answer)) => Lines::new(answer),
+                Met::Stream(None) => return Ok(Sent::Lost),
+            };
+        }
+    }
+
+    /// Asks for the events after those seen; `None` if the agent does not know the push.
+    async fn take_up(&mut self, id: PushId) -> Result<Met<Option<Response<Incoming>>>, AskError> {
+        loop {
+            let path = events_path(id, self.seen);
+            match self.open(Method::GET, &path, &Bytes::new()).await {
+                Met::End(sent) => return Ok(Met::End(sent)),
+                Met::Stream(Ok(answer)) => {
+                    self.heard = Instant::now();
+                    return Ok(Met::Stream(Some(answer)));
                 }
-                seen = seen.max(event.seq);
-                pauses = Pauses::default();
-                let then = see(&event);
-                match event.kind {
-                    EventKind::Finished(report) => return Ok(Sent::Finished(report)),
-                    _ if then == Then::Leave => return Ok(Sent::Left),
-                    _ => continue,
+                Met::Stream(Err(error)) if error.refused_with(StatusCode::NOT_FOUND).is_some() => {
+                    return Ok(Met::Stream(None));
+                }
+                Met::Stream(Err(error)) if error.is_broken() => self.pauses.wait(error).await?,
+                Met::Stream(Err(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// The stream's next line. Silence on the stream is none as long as the agent answers beside it.
+    async fn next_line(&mut self, lines: &mut Lines) -> Met<Line> {
+        loop {
+            let deadline = self.heard + SILENCE;
+            match timeout_at(deadline, self.or_poll(lines.next())).await {
+                Ok(met) => {
+                    self.heard = Instant::now();
+                    self.poll_at = self.heard + NEXT_LINE_LIMIT;
+                    return met;
+                }
+                Err(_) if self.heard + SILENCE > deadline => {}
+                Err(_) => {
+                    let why = format!("nothing came for {} s", SILENCE.as_secs());
+                    return Met::Stream(Line::Cut(why));
                 }
             }
-            Line::Junk if seen == 0 => {
-                return Err(agent.no_agent("its answer is not an agent's"));
+        }
+    }
+
+    /// Waits for the stream, and asks beside it while it tells nothing for too long.
+    async fn or_poll<T>(&mut self, waiting: impl Future<Output = T>) -> Met<T> {
+        let mut waiting = pin!(waiting);
+        loop {
+            tokio::select! {
+                biased;
+                met = &mut waiting => return Met::Stream(met),
+                () = sleep_until(self.poll_at), if self.id.is_some() => {}
             }
-            Line::Junk => "the agent's answer cannot be read".to_owned(),
-            Line::Cut(why) => why,
-        };
-        let Some(id) = id else {
-            return Err(agent.broken(why));
-        };
-        pauses.wait(agent.broken(why)).await?;
-        lines = match take_up(agent, id, seen, &mut pauses).await? {
-            Some(answer) => Lines::new(answer),
-            None => return Ok(Sent::Lost),
-        };
+            tokio::select! {
+                biased;
+                met = &mut waiting => return Met::Stream(met),
+                end = self.poll() => if let Some(end) = end {
+                    return Met::End(end);
+                },
+            }
+            self.poll_at = Instant::now() + POLL_EVERY;
+        }
+    }
+
+    /// Asks for what happened until now. That the agent does not know the push means nothing while it may be on its way, and
+    /// what is wrong with the connection shows on the stream.
+    async fn poll(&mut self) -> Option<Sent> {
+        let path = events_path(self.id?, self.seen) + "&wait=false";
+        let answer = self.agent.ask(Method::GET, &path, Bytes::new()).await;
+        let mut lines = Lines::new(answer.ok()?);
+        while let Line::Event(event) = lines.next().await {
+            self.heard = Instant::now();
+            if let Some(sent) = self.take(event) {
+                return Some(sent);
+            }
+        }
+        self.heard = Instant::now();
+        None
+    }
+
+    /// Shows an event that was not seen before. Gives the end, if this is it.
+    fn take(&mut self, event: Event) -> Option<Sent> {
+        if let EventKind::Received { push, .. } = &event.kind {
+            self.id = Some(*push);
+        }
+        if event.kind.is_kept() && event.seq <= self.seen {
+            return None;
+        }
+        self.seen = self.seen.max(event.seq);
+        self.pauses.reset();
+        let then = (self.see)(&event);
+        match event.kind {
+            EventKind::Finished(report) => Some(Sent::Finished(report)),
+            _ => (then == Then::Leave).then_some(Sent::Left),
+        }
     }
 }
 
-/// Asks for the events after `seen`; `None` if the agent does not know the push.
-async fn take_up(
-    agent: &Agent,
-    id: PushId,
-    seen: u64,
-    pauses: &mut Pauses,
-) -> Result<Option<Response<Incoming>>, AskError> {
-    let path = format!("{CONTROL_PREFIX}pushes/{id}/events?from={seen}");
-    loop {
-        match agent.ask(Method::GET, &path, Bytes::new()).await {
-            Ok(answer) => return Ok(Some(answer)),
-            Err(error) if error.refused_with(StatusCode::NOT_FOUND).is_some() => return Ok(None),
-            Err(error) if error.is_broken() => pauses.wait(error).await?,
-            Err(error) => return Err(error),
-        }
-    }
+fn events_path(id: PushId, seen: u64) -> String {
+    format!("{CONTROL_PREFIX}pushes/{id}/events?from={seen}")
 }
 
 /// The agent's tree to pack against: the one remembered, or asked for.
@@ -169,22 +345,6 @@ pub(crate) async fn tree(
         return Ok(tree);
     }
     agent.get(&format!("{CONTROL_PREFIX}tree")).await
-}
-
-/// Waits longer from try to try, and gives up after some.
-#[derive(Debug, Default)]
-struct Pauses(u32);
-
-impl Pauses {
-    async fn wait(&mut self, error: AskError) -> Result<(), AskError> {
-        if self.0 == MAX_RETRIES {
-            return Err(error);
-        }
-        let pause = FIRST_PAUSE * 2u32.pow(self.0);
-        self.0 += 1;
-        tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
-        Ok(())
-    }
 }
 
 /// An answer, line by line.
@@ -223,17 +383,14 @@ impl Lines {
             if searched > MAX_EVENT_LINE_BYTES {
                 return Line::Junk;
             }
-            match tokio::time::timeout(SILENCE, self.body.frame()).await {
-                Ok(Some(Ok(frame))) => {
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
                         self.unread.extend_from_slice(&data);
                     }
                 }
-                Ok(Some(Err(error))) => return Line::Cut(innermost(&error)),
-                Ok(None) => return Line::Cut("it ended too early".to_owned()),
-                Err(_) => {
-                    return Line::Cut(format!("nothing came for {} s", SILENCE.as_secs()));
-                }
+                Some(Err(error)) => return Line::Cut(innermost(&error)),
+                None => return Line::Cut("it ended too early".to_owned()),
             }
         }
     }

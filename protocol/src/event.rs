@@ -67,7 +67,7 @@ pub enum EventKind {
     Built {
         /// Whether it succeeded.
         success: bool,
-        /// Units that cargo compiled.
+        /// Units that cargo compiled, and build scripts that it ran.
         compiled: usize,
         /// Units that cargo found up to date.
         fresh: usize,

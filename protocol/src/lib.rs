@@ -19,6 +19,7 @@ mod push;
 mod settings;
 mod signature;
 mod status;
+mod upload;
 
 pub use archive::{ArchiveError, ArchiveRules, Content, read_tar, write_tar};
 pub use digest::{Digest, DigestError, TreeDigest};
@@ -28,13 +29,14 @@ pub use limits::*;
 pub use manifest::{Entry, Kind, Manifest, ManifestError};
 pub use outcome::{ExitCode, Outcome, Report};
 pub use path::{PathError, TreePath};
-pub use plan::{BuildPlan, Plan, RunPlan, SwapMode};
-pub use push::{Preamble, PushError, Replaced, compress, decompress};
+pub use plan::{BuildPlan, Plan, RunPlan, SwapMode, WrongPlan};
+pub use push::{Preamble, PushError, Replaced, Unpacked, compress, decompress};
 pub use settings::{PlanError, Project, Selection, Settings};
 pub use signature::{
     Authorization, KeyError, PrivateKey, PublicKey, SignatureError, SignedRequest,
 };
 pub use status::{HistoryEntry, Refusal, Status};
+pub use upload::{Arrived, part_path, parts, push_path, upload_path};
 
 /// Version of the protocol; both sides name theirs when they differ.
 pub const PROTOCOL_VERSION: u32 = 1;

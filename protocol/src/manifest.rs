@@ -9,7 +9,10 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     digest::{Digest, TreeDigest},
-    limits::{MAX_FILE_BYTES, MAX_LINK_BYTES, MAX_TREE_BYTES, MAX_TREE_FILES},
+    limits::{
+        MAX_FILE_BYTES, MAX_LINK_BYTES, MAX_PATH_BYTES, MAX_TREE_BYTES, MAX_TREE_FILES,
+        MAX_TREE_PATH_BYTES,
+    },
     path::TreePath,
 };
 
@@ -64,6 +67,9 @@ pub enum ManifestError {
     /// Beyond [`MAX_TREE_FILES`].
     #[error("the tree has {0} files, more than {MAX_TREE_FILES}")]
     TooManyFiles(usize),
+    /// Beyond [`MAX_TREE_PATH_BYTES`].
+    #[error("the tree's paths have {0} bytes, more than {MAX_TREE_PATH_BYTES}")]
+    PathsTooLong(usize),
     /// Beyond [`MAX_FILE_BYTES`], or [`MAX_LINK_BYTES`] for a link.
     #[error("`{path}` has {size} bytes, more than {limit}")]
     FileTooLarge {
@@ -93,7 +99,7 @@ impl Manifest {
         entries: impl IntoIterator<Item = (TreePath, Entry)>,
     ) -> Result<Self, ManifestError> {
         let mut files = BTreeMap::new();
-        let mut total = 0u64;
+        let (mut total, mut path_bytes) = (0u64, 0);
         for (path, entry) in entries {
             let limit = if entry.kind == Kind::Symlink {
                 MAX_LINK_BYTES
@@ -113,6 +119,10 @@ impl Manifest {
             }
             if files.len() == MAX_TREE_FILES {
                 return Err(ManifestError::TooManyFiles(files.len() + 1));
+            }
+            path_bytes += path.as_str().len();
+            if path_bytes > MAX_TREE_PATH_BYTES {
+                return Err(ManifestError::PathsTooLong(path_bytes));
             }
             if files.insert(path.clone(), entry).is_some() {
                 return Err(ManifestError::Twice(path));
@@ -210,39 +220,46 @@ impl Manifest {
 fn stays_inside(path: &TreePath, links: &BTreeMap<&str, Option<String>>) -> bool {
     /// What Linux allows before it answers ELOOP.
     const MAX_LINKS_FOLLOWED: usize = 40;
+    /// Where a link may lead at most; no file can lie deeper, and the walk stays short.
+    const MAX_PLACE_BYTES: usize = 4 * MAX_PATH_BYTES;
     let mut followed = 0;
-    let mut here: Vec<String> = Vec::new();
-    let mut rest: Vec<String> = path.as_str().rsplit('/').map(str::to_owned).collect();
+    let mut here = String::new();
+    let mut rest: Vec<&str> = path.as_str().rsplit('/').collect();
     while let Some(component) = rest.pop() {
-        match component.as_str() {
+        match component {
             "" | "." => {}
-            ".." => {
-                if here.pop().is_none() {
-                    return false;
-                }
-            }
+            ".." if here.is_empty() => return false,
+            ".." => here.truncate(here.rfind('/').unwrap_or_default()),
             _ if component.eq_ignore_ascii_case(".git") => return false,
             _ => {
-                here.push(component);
-                let Some(target) = links.get(here.join("/").as_str()) else {
+                let above = here.len();
+                if above > 0 {
+                    here.push('/');
+                }
+                here.push_str(component);
+                let Some(target) = links.get(here.as_str()) else {
+                    if here.len() > MAX_PLACE_BYTES {
+                        return false;
+                    }
                     continue;
                 };
                 followed += 1;
-                let Some(target) = target
-                    .as_deref()
-                    .filter(|target| !target.starts_with('/') && !target.is_empty())
-                else {
+                let Some(target) = target.as_deref().filter(|target| is_relative(target)) else {
                     return false;
                 };
-                if followed > MAX_LINKS_FOLLOWED || target.contains('\0') {
+                if followed > MAX_LINKS_FOLLOWED {
                     return false;
                 }
-                here.pop();
-                rest.extend(target.rsplit('/').map(str::to_owned));
+                here.truncate(above);
+                rest.extend(target.rsplit('/'));
             }
         }
     }
     true
+}
+
+fn is_relative(target: &str) -> bool {
+    !target.is_empty() && !target.starts_with('/') && !target.contains('\0')
 }
 
 impl TryFrom<Vec<(TreePath, Entry)>> for Manifest {

@@ -6,7 +6,8 @@
 //!
 //! The prefix is the same tar over the base versions of the changed and deleted files. The preamble names them by their
 //! position in the base's manifest, so both sides make the same prefix and a changed line costs little more than itself.
-//! A body without files (only deletions, or nothing) ends after the preamble.
+//! A body without files (only deletions, or nothing) ends after the preamble. A large payload goes ahead as an upload in
+//! parts, and the body ends after the preamble too: see [`crate::push_path`].
 
 use std::{
     collections::HashSet,
@@ -56,8 +57,14 @@ pub enum PushError {
     /// Not of the form that `rrun` sends.
     #[error("the body is not a push")]
     Malformed,
+    /// Bytes behind the compressed files.
+    #[error("the push goes on behind its files")]
+    Trailing,
+    /// The body could not be read to its end.
+    #[error("the push cannot be read: {0}")]
+    Unreadable(#[source] io::Error),
     /// Positions that are not rising, named twice or beyond the base's files.
-    #[error("the push names a position that its base does not have: {0}")]
+    #[error("the push names a position twice, out of order or beyond its base's files: {0}")]
     Position(u32),
     /// A file in the archive replaces one that the preamble does not name as changed.
     #[error("refused `{0}`: the push does not name it as changed")]
@@ -109,6 +116,9 @@ impl Preamble {
             postcard::take_from_bytes::<Self>(head).map_err(|_| PushError::Malformed)?;
         Ok((preamble, &rest[head.len() - after.len()..]))
     }
+
+    /// Longest start of a body that [`Self::from_body`] looks at.
+    pub const MAX_START_BYTES: usize = MAGIC.len() + MAX_PREAMBLE_BYTES;
 
     /// Looks the positions up in the base's manifest.
     pub fn replaced<'m>(&self, base: &'m Manifest) -> Result<Replaced<'m>, PushError> {
@@ -206,10 +216,30 @@ pub fn compress(archive: &[u8], prefix: &[u8], level: i32) -> io::Result<Vec<u8>
 }
 
 /// Reads what [`compress`] made with the same `prefix`. Memory is bounded whatever `payload` claims.
-pub fn decompress<'p>(payload: impl BufRead + 'p, prefix: &'p [u8]) -> io::Result<impl Read + 'p> {
+pub fn decompress<'p, R: BufRead>(payload: R, prefix: &'p [u8]) -> io::Result<Unpacked<'p, R>> {
     let mut decoder = zstd::Decoder::with_ref_prefix(payload, prefix)?.single_frame();
     decoder.window_log_max(MAX_WINDOW_LOG)?;
-    Ok(decoder)
+    Ok(Unpacked(decoder))
+}
+
+/// The archive in a payload, as it unpacks.
+pub struct Unpacked<'p, R: BufRead>(zstd::Decoder<'p, R>);
+
+impl<R: BufRead> Unpacked<'_, R> {
+    /// Called once all is read: a payload is one frame and nothing else.
+    pub fn finish(self) -> Result<(), PushError> {
+        match self.0.finish().fill_buf() {
+            Ok([]) => Ok(()),
+            Ok(_) => Err(PushError::Trailing),
+            Err(error) => Err(PushError::Unreadable(error)),
+        }
+    }
+}
+
+impl<R: BufRead> Read for Unpacked<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
 }
 
 #[cfg(test)]
@@ -325,6 +355,25 @@ mod tests {
             .read_to_end(&mut unpacked)
             .unwrap();
         assert_eq!(unpacked, new);
+    }
+
+    #[test]
+    fn nothing_may_hide_behind_the_compressed_files() {
+        let packed = compress(b"archive", b"", 1).unwrap();
+        let skippable = [0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 0];
+        for (behind, is_right) in [
+            (&b""[..], true),
+            (b"x", false),
+            (&packed, false),
+            (&skippable, false),
+        ] {
+            let payload = [&packed, behind].concat();
+            let mut unpacked = decompress(payload.as_slice(), b"").unwrap();
+            let mut archive = Vec::new();
+            unpacked.read_to_end(&mut archive).unwrap();
+            assert_eq!(archive, b"archive");
+            assert_eq!(unpacked.finish().is_ok(), is_right);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     path::{PathError, TreePath},
-    plan::{BuildPlan, Plan, RunPlan, SwapMode},
+    plan::{BuildPlan, Plan, RunPlan, SwapMode, WrongPlan},
 };
 
 /// The settings of a project, each as its own documentation says. All may be left out.
@@ -138,6 +138,9 @@ pub enum PlanError {
     /// Nothing that could run.
     #[error("no package of this workspace has a binary")]
     NoBinary,
+    /// The package that was asked for cannot run.
+    #[error("package `{0}` has no binary")]
+    NoBinaryIn(String),
     /// No such binary in the package.
     #[error("package `{package}` has no binary `{bin}`")]
     NoSuchBinary {
@@ -170,6 +173,9 @@ pub enum PlanError {
     /// A folder of the workspace that is not part of the tree.
     #[error("`{0}` does not lie in the tree")]
     OutsideTree(String),
+    /// A value that would mean something else to cargo or the app.
+    #[error(transparent)]
+    Wrong(#[from] WrongPlan),
 }
 
 impl PlanError {
@@ -296,6 +302,7 @@ impl Project {
                 swap: selection.swap.or(settings.swap).unwrap_or_default(),
             },
         };
+        plan.check()?;
         Ok(Self {
             plan,
             settings,
@@ -428,7 +435,7 @@ fn choose_bin(package: &Package, asked: Option<&String>) -> Result<String, PlanE
     }
     match candidates.as_slice() {
         [bin] => Ok(bin.clone()),
-        [] => Err(PlanError::NoBinary),
+        [] => Err(PlanError::NoBinaryIn(package_name)),
         _ => Err(PlanError::ManyBinaries {
             package: package_name,
             candidates,
@@ -609,6 +616,9 @@ mod tests {
             (json!({"assets": ["../other"]}), "working directory"),
             (json!({"working-directory": "/etc"}), "absolute"),
             (json!({"bin": "nope"}), "no binary `nope`"),
+            (json!({"profile": "--config=x"}), "profile \"--config=x\""),
+            (json!({"ready-path": "healthz"}), "ready path \"healthz\""),
+            (json!({"env": {"RRUN_X": "1"}}), "environment \"RRUN_X\""),
         ] {
             let metadata = metadata(
                 json!(null),

@@ -315,14 +315,14 @@ impl FromStr for PublicKey {
 
 fn clean_comment(comment: &str) -> String {
     let mut clean: String = comment
-        .trim()
         .chars()
         .filter(|letter| !letter.is_control() && *letter != ',')
         .collect();
     while clean.len() > MAX_KEY_COMMENT_BYTES {
         clean.pop();
     }
-    clean
+    // Last, because what is left out may stand between a letter and a space.
+    clean.trim().to_owned()
 }
 
 #[cfg(test)]
@@ -422,6 +422,21 @@ mod tests {
                 Err(SignatureError::Malformed),
                 "{junk}"
             );
+        }
+    }
+
+    #[test]
+    fn a_key_s_name_has_no_space_at_its_ends_whatever_is_left_out_there() {
+        for comment in [
+            "ann",
+            " ann ",
+            "ann \u{1b}",
+            ", ann ,",
+            &format!("ann{:200}b", ""),
+        ] {
+            let public = key().public_key(comment);
+            assert_eq!(public.comment(), "ann");
+            assert_eq!(public.to_string().parse(), Ok(public));
         }
     }
 

@@ -11,8 +11,12 @@
     reason = "it exists for tests alone, and ends badly on purpose"
 )]
 
+mod grpc;
+mod words;
+
 use std::{
     convert::Infallible,
+    io::Write,
     net::{Ipv4Addr, SocketAddr},
     os::unix::process::CommandExt,
     path::Path,
@@ -54,6 +58,12 @@ async fn main() {
         }
         ["panic"] => panic!("this app panics"),
         ["never"] => std::future::pending().await,
+        ["grpc"] => grpc::serve(listen(everywhere).await).await,
+        ["admin-first", admin, later] => {
+            let _admin = listen(([0, 0, 0, 0], admin.parse().unwrap()).into()).await;
+            tokio::time::sleep(Duration::from_millis(later.parse().unwrap())).await;
+            serve(listen(everywhere).await).await;
+        }
         ["elsewhere", port] => {
             serve(listen(([0, 0, 0, 0], port.parse().unwrap()).into()).await).await
         }
@@ -155,6 +165,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible
         "/broken" => text("broken").map_status(StatusCode::INTERNAL_SERVER_ERROR),
         "/echo" => Response::new(request.into_body().map_err(|_| unreachable!()).boxed()),
         "/count" => count(request).await,
+        "/refuse" => text("too long").map_status(StatusCode::PAYLOAD_TOO_LARGE),
         "/seen" => text(format!(
             "{:?} {} {:#?}",
             request.version(),
@@ -171,7 +182,10 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible
                 until_exists(file).await;
                 text(generation())
             }
-            None => text(format!("app {} {}", request.method(), request.uri())),
+            None => match path.strip_prefix("/record/") {
+                Some(number) => record(number),
+                None => text(format!("app {} {}", request.method(), request.uri())),
+            },
         },
     })
 }
@@ -189,6 +203,14 @@ impl MapStatus for Response<Body> {
 
 fn text(text: impl Into<String>) -> Response<Body> {
     Response::new(Full::from(text.into()).boxed())
+}
+
+/// Notes in a file of its working directory what it answers.
+fn record(number: &str) -> Response<Body> {
+    let mut how = std::fs::OpenOptions::new();
+    let mut file = how.append(true).create(true).open("record").unwrap();
+    file.write_all(format!("{number}\n").as_bytes()).unwrap();
+    text(number)
 }
 
 /// Reads a body to its end and says how long it was.

@@ -9,16 +9,18 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, StatusCode, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use rrun_agent::{
-    front,
+    front::{self, Limits},
     output::Output,
-    proxy::Proxy,
+    proxy::{Proxy, Route},
     service::{AppSpec, ReplaceError, Replaced, Service},
+    upstream::Upstream,
 };
 use rrun_protocol::{RunPlan, SwapMode};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::watch,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
@@ -142,6 +144,73 @@ impl Stand {
         while let Ok(Ok(1..)) = tokio::time::timeout(QUIET, stream.read_buf(&mut answer)).await {}
         String::from_utf8_lossy(&answer).into_owned()
     }
+}
+
+/// A front alone, before whatever its route leads to.
+pub(crate) struct Bare {
+    pub(crate) address: SocketAddr,
+    pub(crate) route: watch::Sender<Route>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) served: AbortOnDropHandle<std::io::Result<()>>,
+}
+
+impl Bare {
+    pub(crate) async fn before(app: SocketAddr) -> Self {
+        Self::within(Limits::default(), app).await
+    }
+
+    pub(crate) async fn within(limits: Limits, app: SocketAddr) -> Self {
+        let (route, watched) = watch::channel(Route::To(Upstream::new(1, app)));
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let proxy = Arc::new(Proxy::new(watched));
+        let shutdown = CancellationToken::new();
+        let stop = shutdown.clone().cancelled_owned();
+        let front = front::serve_within(limits, listener, Router::new(), proxy, stop);
+        Self {
+            address,
+            route,
+            shutdown,
+            served: AbortOnDropHandle::new(tokio::spawn(front)),
+        }
+    }
+}
+
+/// An app inside the test that does with every connection what it is told.
+pub(crate) async fn app<Behaviour, Done>(behave: Behaviour) -> SocketAddr
+where
+    Behaviour: Fn(TcpStream) -> Done + Send + 'static,
+    Done: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(behave(stream));
+        }
+    });
+    address
+}
+
+/// Reads a request's head, byte by byte, so that nothing behind it is taken along; empty at the connection's end.
+pub(crate) async fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        match stream.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) => return String::new(),
+        }
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// Everything until the connection ends, in whatever way.
+pub(crate) async fn rest(stream: &mut TcpStream) -> String {
+    let mut rest = Vec::new();
+    let read = stream.read_to_end(&mut rest);
+    let _ = tokio::time::timeout(PATIENCE, read).await.expect("hangs");
+    String::from_utf8_lossy(&rest).into_owned()
 }
 
 /// One keep-alive connection.

@@ -2,8 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "what cannot happen here fails the test")]
 
+mod front;
+mod grpc;
 mod harness;
+mod interim;
 mod proxy;
 mod readiness;
+mod retry;
 mod stopping;
 mod swap;
+#[path = "../app/words.rs"]
+mod words;

@@ -1,8 +1,7 @@
 //! What passes through the proxy, what does not, and what it says by itself.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use axum::Router;
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -12,19 +11,15 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rrun_agent::{
-    front,
-    proxy::{Proxy, Route},
-    upstream::Upstream,
-};
+use rrun_agent::{proxy::Route, upstream::Upstream};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::watch,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     task::JoinSet,
 };
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Client, PATIENCE, Stand, eventually};
+use crate::harness::{Bare, Client, PATIENCE, Stand, app, eventually, read_head};
 
 async fn serving() -> Stand {
     let mut stand = Stand::new().await;
@@ -254,6 +249,92 @@ async fn head_expect_and_http10_work() {
     );
 }
 
+#[tokio::test]
+async fn chunks_pass_both_ways_and_their_frame_stays_with_who_understands_it() {
+    let stand = serving().await;
+    let echoed = stand
+        .raw(b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n3\r\nabc\r\n4;x=y\r\ndefg\r\n0\r\n\r\n")
+        .await;
+    assert!(echoed.contains("transfer-encoding: chunked"), "{echoed}");
+    let (_, chunks) = echoed.split_once("\r\n\r\n").unwrap();
+    assert!(chunks.ends_with("\r\n0\r\n\r\n"), "{chunks}");
+    let pieces: String = chunks.lines().skip(1).step_by(2).collect();
+    assert_eq!(pieces, "abcdefg");
+
+    let mut old = TcpStream::connect(stand.address).await.unwrap();
+    old.write_all(b"GET /big HTTP/1.0\r\n\r\n").await.unwrap();
+    let head = read_head(&mut old).await;
+    assert!(head.starts_with("HTTP/1.0 200 OK\r\n"), "{head}");
+    assert!(!head.contains("transfer-encoding"), "{head}");
+    let mut body = Vec::new();
+    old.read_to_end(&mut body).await.unwrap();
+    assert_eq!(body.len(), 50_000_000);
+
+    let head = stand
+        .raw(b"HEAD /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .await;
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    assert!(head.ends_with("\r\n\r\n"), "{head}");
+}
+
+#[tokio::test]
+async fn a_client_of_http_1_0_keeps_its_connection_if_it_asks_for_that() {
+    let stand = serving().await;
+    let answers = stand
+        .raw(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /x HTTP/1.0\r\n\r\n")
+        .await;
+    assert_eq!(answers.matches("HTTP/1.0 200 OK").count(), 2, "{answers}");
+    assert!(answers.ends_with("app GET /x"), "{answers}");
+}
+
+#[tokio::test]
+async fn an_app_that_closes_after_each_answer_does_not_close_its_clients_connections() {
+    let answers = [
+        &b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nbody"[..],
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nbody",
+        b"HTTP/1.0 200 OK\r\n\r\nbody",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\nbody",
+    ];
+    for answer in answers {
+        let closing = app(move |mut stream| async move {
+            read_head(&mut stream).await;
+            stream.write_all(answer).await.unwrap();
+        })
+        .await;
+        let bare = Bare::before(closing).await;
+        let mut client = Client::connect(bare.address).await;
+        for _ in 0..3 {
+            let request = Request::get("/").body(Full::default()).unwrap();
+            let response = client.send(request).await;
+            assert_eq!(response.version(), Version::HTTP_11);
+            assert!(!response.headers().contains_key("connection"));
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body, "body");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_the_app_breaks_off_does_not_look_complete() {
+    let answers = [
+        &b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nbody"[..],
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n",
+    ];
+    for answer in answers {
+        let breaking = app(move |mut stream| async move {
+            read_head(&mut stream).await;
+            stream.write_all(answer).await.unwrap();
+        })
+        .await;
+        let bare = Bare::before(breaking).await;
+        let mut client = Client::connect(bare.address).await;
+        let request = Request::get("/").body(Full::default()).unwrap();
+        let response = client.send(request).await;
+        assert_eq!(response.status(), 200);
+        assert!(response.into_body().collect().await.is_err());
+    }
+}
+
 /// A body in two pieces with a trailer.
 fn with_trailers() -> StreamBody<
     impl futures_util::Stream<Item = Result<Frame<Bytes>, std::convert::Infallible>> + Unpin,
@@ -331,31 +412,26 @@ async fn what_the_app_breaks_is_a_502_with_the_reason() {
 
 #[tokio::test]
 async fn a_request_that_nobody_took_is_sent_again_where_the_route_leads_then() {
-    let app = serving().await;
+    let stand = serving().await;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let nobody = taken.local_addr().unwrap();
     drop(taken);
-    let (route, watched) = watch::channel(Route::To(Upstream::new(1, nobody)));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let proxy = Arc::new(Proxy::new(watched));
-    let front = front::serve(listener, Router::new(), proxy, std::future::pending());
-    let _front = AbortOnDropHandle::new(tokio::spawn(front));
+    let bare = Bare::before(nobody).await;
 
-    let mut client = Client::connect(address).await;
+    let mut client = Client::connect(bare.address).await;
     let body = Full::from("with a body");
     let asked = client.send(Request::post("/count").body(body).unwrap());
     let switched = async {
         // The first try was made once the proxy waits for another route.
-        while route.receiver_count() < 2 {
+        while bare.route.receiver_count() < 2 {
             tokio::task::yield_now().await;
         }
-        route.send_replace(Route::To(Upstream::new(2, app.address)));
+        let there = Upstream::new(2, stand.address);
+        bare.route.send_replace(Route::To(there));
     };
     let (response, ()) = tokio::join!(asked, switched);
     let body = response.into_body().collect().await.unwrap().to_bytes();
     assert_eq!(body, "11");
-    drop(route);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! When a version counts as ready, and what is said when it does not.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rrun_agent::service::{AppSpec, ReplaceError};
 
@@ -29,6 +29,11 @@ async fn serving() -> Stand {
     let mut stand = Stand::new().await;
     stand.push(1, &[]).await.unwrap();
     stand
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    listener.local_addr().unwrap().port()
 }
 
 #[tokio::test]
@@ -64,13 +69,23 @@ async fn a_version_that_never_listens_is_refused_after_its_time() {
 }
 
 #[tokio::test]
+async fn a_version_that_opens_another_port_first_goes_live_when_it_listens_on_its_own() {
+    let mut stand = serving().await;
+    let admin = free_port().to_string();
+    // Longer than several looks at where it listens.
+    let since = Instant::now();
+    stand
+        .push(2, &["admin-first", &admin, "2000"])
+        .await
+        .unwrap();
+    assert!(since.elapsed() >= Duration::from_secs(2));
+    assert_eq!(stand.get("/").await.1, "2");
+}
+
+#[tokio::test]
 async fn a_version_that_listens_elsewhere_is_told_where() {
     let mut stand = serving().await;
-    let free = std::net::TcpListener::bind("0.0.0.0:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let free = free_port();
     let spec = stand.spec(2, &["elsewhere", &free.to_string()]);
     let (reason, hint, output) = refused(&mut stand, spec).await;
     let port = output[0].strip_prefix("port ").unwrap();

@@ -148,7 +148,10 @@ async fn stopping_says_why_from_then_on() {
     let mut stand = Stand::new().await;
     stand.push(1, &[]).await.unwrap();
     let process = stand.service.status().process.unwrap();
-    stand.service.stop("ada stopped it").await;
+    stand
+        .service
+        .stop("ada stopped it", Duration::from_secs(5))
+        .await;
     assert!(!is_alive(process));
     assert_eq!(stand.service.status().state, "nothing");
     let (status, body) = stand.get("/").await;

@@ -1,6 +1,7 @@
 //! What a swap promises to who sends requests.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -114,6 +115,101 @@ async fn a_restart_holds_requests_and_never_runs_two_at_once() {
     }
     load.reached(1200).await;
     load.stop().await;
+}
+
+/// Whether a browser asked; status, content type and body of the answer.
+type Told = (bool, u16, String, String);
+
+/// Asks so many times at once, every second time as a browser.
+fn ask_at_once(address: SocketAddr, times: usize) -> JoinSet<Told> {
+    let mut asked = JoinSet::new();
+    for number in 0..times {
+        asked.spawn(async move {
+            let mut client = Client::connect(address).await;
+            let browser = number % 2 == 0;
+            let accept = if browser {
+                "text/html,*/*;q=0.8"
+            } else {
+                "*/*"
+            };
+            let request = Request::get("/").header("accept", accept);
+            let response = client.send(request.body(Full::default()).unwrap()).await;
+            let status = response.status().as_u16();
+            let headers = response.headers().get("content-type");
+            let kind = headers.map_or("", |kind| kind.to_str().unwrap()).to_owned();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            (browser, status, kind, String::from_utf8_lossy(&body).into())
+        });
+    }
+    asked
+}
+
+fn assert_told((browser, status, kind, page): Told, why: &str) {
+    assert_eq!(status, 503, "{page}");
+    assert!(page.contains(why), "{page}");
+    let html = kind.starts_with("text/html") && page.starts_with("<!doctype html>");
+    let text = kind.starts_with("text/plain") && page.starts_with("rrun: ");
+    assert!(if browser { html } else { text }, "{kind} {page}");
+}
+
+/// Restarts into a version that waits for a file; meanwhile `meanwhile` runs, once the old version is gone.
+async fn while_restarting(stand: &mut Stand, meanwhile: impl Future<Output = ()>) {
+    let go = stand.file("go");
+    let mut spec = stand.spec(2, &["after", go.to_str().unwrap()]);
+    spec.run.swap = SwapMode::Restart;
+    let output = stand.output.clone();
+    let meanwhile = async {
+        let mut lines = Box::pin(output.follow());
+        while lines.next().await.unwrap().generation != 2 {}
+        meanwhile.await;
+        std::fs::write(&go, "").unwrap();
+    };
+    tokio::join!(stand.replace(spec), meanwhile).0.unwrap();
+}
+
+#[tokio::test]
+async fn a_restart_holds_only_so_many_requests_and_tells_the_others_why() {
+    let mut stand = Stand::with(|proxy| proxy.with_limits(PATIENCE, 4)).await;
+    stand.push_restart(1, &[]).await.unwrap();
+    let address = stand.address;
+    let mut asked = JoinSet::new();
+    while_restarting(&mut stand, async {
+        asked = ask_at_once(address, 10);
+        for _ in 0..6 {
+            let refused = asked.join_next().await.unwrap().unwrap();
+            assert_told(
+                refused,
+                "the app is being replaced, and 4 requests are waiting already",
+            );
+        }
+    })
+    .await;
+    assert_eq!(asked.len(), 4);
+    while let Some(answer) = asked.join_next().await {
+        let (_, status, _, body) = answer.unwrap();
+        assert_eq!((status, body.as_str()), (200, "2"));
+    }
+}
+
+#[tokio::test]
+async fn a_restart_that_takes_too_long_tells_who_waited() {
+    let limit = Duration::from_secs(1);
+    let mut stand = Stand::with(|proxy| proxy.with_limits(limit, 100)).await;
+    stand.push_restart(1, &[]).await.unwrap();
+    let address = stand.address;
+    let since = std::time::Instant::now();
+    while_restarting(&mut stand, async {
+        let mut asked = ask_at_once(address, 6);
+        while let Some(refused) = asked.join_next().await {
+            assert!(since.elapsed() >= limit);
+            assert_told(
+                refused.unwrap(),
+                "the app is being replaced; the request waited for 1 s",
+            );
+        }
+    })
+    .await;
+    assert_eq!(stand.get("/").await.1, "2");
 }
 
 #[tokio::test]
@@ -258,9 +354,15 @@ async fn what_exceeds_the_drain_limits_is_cut() {
     let mut client = Client::connect(stand.address).await;
     let request = Request::get("/events").body(Full::default()).unwrap();
     let events = client.send(request).await.into_body();
+    let url = format!("ws://{}/socket", stand.address);
+    let (mut socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
+    socket.send("before".into()).await.unwrap();
+    socket.next().await.unwrap().unwrap();
 
     stand.push(2, &[]).await.unwrap();
     assert_eq!(hanging.await.unwrap(), 503);
+    let ended = tokio::time::timeout(PATIENCE, socket.next()).await;
+    assert!(!matches!(ended.expect("hangs"), Some(Ok(_))));
     let cut = tokio::time::timeout(PATIENCE, events.collect())
         .await
         .unwrap();

@@ -4,24 +4,26 @@ use crate::harness::{Agent, Laptop, Project, request, sign};
 use rrun_protocol::{BootId, PrivateKey};
 use std::{fs, process::Command};
 
-/// Every route of the agent. A new one has to be added here; the last lines are no routes at all.
-const ROUTES: [(&str, &str); 15] = [
-    ("POST", "/_rrun/pushes/MTIzNDU2Nzg5"),
-    ("GET", "/_rrun/pushes/MTIzNDU2Nzg5/events?from=0"),
-    ("GET", "/_rrun/tree"),
-    ("GET", "/_rrun/builds/latest/log"),
-    ("GET", "/_rrun/status"),
-    ("GET", "/_rrun/logs"),
-    ("GET", "/_rrun/history"),
-    ("POST", "/_rrun/cancel"),
-    ("POST", "/_rrun/rollback"),
-    ("POST", "/_rrun/restart"),
-    ("POST", "/_rrun/stop"),
+/// No routes at all, under the same prefix.
+const NO_ROUTES: [(&str, &str); 5] = [
     ("GET", "/_rrun/"),
     ("GET", "/_rrun/nowhere"),
     ("PUT", "/_rrun/status"),
     ("OPTIONS", "/_rrun/tree"),
+    ("GET", "/_rrun/pushes/MTIzNDU2Nzg5/events?from=x"),
 ];
+
+/// Every route of the agent's own table, with something in place of what is in braces.
+fn routes() -> Vec<(&'static str, String)> {
+    let filled = |path: &str| {
+        path.replace("{id}", "MTIzNDU2Nzg5")
+            .replace("{upload}", &"0".repeat(64))
+            .replace("{part}", "0")
+            .replace("{build}", "latest")
+    };
+    let all = rrun_agent::CONTROL_ROUTES.iter().chain(&NO_ROUTES);
+    all.map(|(method, path)| (*method, filled(path))).collect()
+}
 
 #[test]
 fn nothing_answers_who_did_not_sign_now_for_this_boot_and_once() {
@@ -29,7 +31,7 @@ fn nothing_answers_who_did_not_sign_now_for_this_boot_and_once() {
     let agent = Agent::new(&[&laptop]);
     let (key, boot) = (laptop.private_key(), agent.boot());
     let stranger = PrivateKey::from_seed(&[3; 32]);
-    for (method, path) in ROUTES {
+    for (method, path) in &routes() {
         let other_path = format!("{path}x");
         let cases = [
             ("unsigned", None),

@@ -62,10 +62,19 @@ pub(crate) struct Project {
     _owner: Option<tempfile::TempDir>,
 }
 
+/// How an agent is started.
+#[derive(Clone, Copy, Default)]
+struct How {
+    /// Program and arguments in front of the agent's own.
+    starter: &'static [&'static str],
+    /// More environment.
+    environment: &'static [(&'static str, &'static str)],
+}
+
 /// A running agent; ends with its app when dropped.
 pub(crate) struct Agent {
     child: Child,
-    starter: &'static [&'static str],
+    how: How,
     folder: tempfile::TempDir,
     keys: String,
     pub port: u16,
@@ -157,6 +166,11 @@ impl Laptop {
         }
     }
 
+    /// Everything that it keeps: settings with the key, cache, state.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     pub(crate) fn key_file(&self) -> PathBuf {
         self.folder.path().join("config/rrun/key.pem")
     }
@@ -185,10 +199,10 @@ impl Laptop {
         {
             command.env_remove(name);
         }
-        command
-            .envs(&self.environment)
-            .env_remove("NO_COLOR")
-            .env_remove("CARGO_TARGET_DIR");
+        for name in ["NO_COLOR", "CARGO_TARGET_DIR"] {
+            command.env_remove(name);
+        }
+        command.envs(&self.environment);
         command
     }
 
@@ -344,7 +358,19 @@ impl Project {
 impl Agent {
     /// An agent that takes pushes from `laptops`, whose keys it knows by the names `person-0`, `person-1` and so on.
     pub(crate) fn new(laptops: &[&Laptop]) -> Self {
-        Self::started_by(&[], laptops, |_| {})
+        Self::started(How::default(), laptops, |_| {})
+    }
+
+    /// The same with more in the agent's environment.
+    pub(crate) fn with_environment(
+        laptops: &[&Laptop],
+        environment: &'static [(&'static str, &'static str)],
+    ) -> Self {
+        let how = How {
+            environment,
+            ..How::default()
+        };
+        Self::started(how, laptops, |_| {})
     }
 
     /// The same, started by the program and arguments of `starter`, after `prepare` was given the workspace to be.
@@ -353,23 +379,21 @@ impl Agent {
         laptops: &[&Laptop],
         prepare: impl FnOnce(&Path),
     ) -> Self {
-        let named = |(number, laptop): (usize, &&Laptop)| {
-            let key = laptop.public_key();
-            let key: Vec<&str> = key.split(' ').take(2).collect();
-            format!("{} person-{number}", key.join(" "))
+        let how = How {
+            starter,
+            ..How::default()
         };
-        let keys = laptops
-            .iter()
-            .enumerate()
-            .map(named)
-            .collect::<Vec<_>>()
-            .join("\n");
+        Self::started(how, laptops, prepare)
+    }
+
+    fn started(how: How, laptops: &[&Laptop], prepare: impl FnOnce(&Path)) -> Self {
+        let keys = public_keys(laptops);
         let folder = tempfile::tempdir().unwrap();
         prepare(&folder.path().join("workspace"));
-        let (child, port) = start(&folder, &keys, 0, starter);
+        let (child, port) = start(&folder, &keys, how, 0);
         Self {
             child,
-            starter,
+            how,
             folder,
             keys,
             port,
@@ -378,6 +402,29 @@ impl Agent {
 
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Its process id.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything that it keeps: workspace, log, announcement.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The person that the agent knows by `laptop`'s key.
+    pub(crate) fn name_of(&self, laptop: &Laptop) -> String {
+        let line = laptop.public_key();
+        let key = line.split(' ').nth(1).unwrap();
+        let line = self.keys.lines().find(|line| line.contains(key)).unwrap();
+        line.splitn(3, ' ').nth(2).unwrap().to_owned()
+    }
+
+    /// From the next start on, takes pushes from `laptops` only.
+    pub(crate) fn authorize(&mut self, laptops: &[&Laptop]) {
+        self.keys = public_keys(laptops);
     }
 
     pub(crate) fn workspace(&self) -> PathBuf {
@@ -389,11 +436,6 @@ impl Agent {
         self.workspace().join("tree").join(path)
     }
 
-    /// Its process id.
-    pub(crate) fn process(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Ends the agent, changes its workspace, and starts it again on the same port.
     pub(crate) fn restart(&mut self, between: impl FnOnce(&Path)) {
         self.stop();
@@ -403,7 +445,7 @@ impl Agent {
 
     /// Starts an agent that ended, on the same port.
     pub(crate) fn start_again(&mut self) {
-        (self.child, self.port) = start(&self.folder, &self.keys, self.port, self.starter);
+        (self.child, self.port) = start(&self.folder, &self.keys, self.how, self.port);
     }
 
     /// The process that signals are for: the agent itself, whoever started it.
@@ -411,7 +453,9 @@ impl Agent {
         let process = self.process();
         let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
         match children {
-            Ok(children) if !self.starter.is_empty() => children.trim().parse().unwrap_or(process),
+            Ok(children) if !self.how.starter.is_empty() => {
+                children.trim().parse().unwrap_or(process)
+            }
             _ => process,
         }
     }
@@ -544,7 +588,18 @@ impl Drop for Agent {
     }
 }
 
-fn start(folder: &tempfile::TempDir, keys: &str, port: u16, starter: &[&str]) -> (Child, u16) {
+/// The keys of `laptops` by the names `person-0`, `person-1` and so on.
+fn public_keys(laptops: &[&Laptop]) -> String {
+    let named = |(number, laptop): (usize, &&Laptop)| {
+        let key = laptop.public_key();
+        let key: Vec<&str> = key.split(' ').take(2).collect();
+        format!("{} person-{number}", key.join(" "))
+    };
+    let lines: Vec<String> = laptops.iter().enumerate().map(named).collect();
+    lines.join("\n")
+}
+
+fn start(folder: &tempfile::TempDir, keys: &str, how: How, port: u16) -> (Child, u16) {
     let announcement = folder.path().join("announcement.json");
     let _ = fs::remove_file(&announcement);
     let log = fs::OpenOptions::new()
@@ -552,7 +607,7 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16, starter: &[&str]) ->
         .append(true)
         .open(folder.path().join("log"))
         .unwrap();
-    let program = [starter, &[env!("CARGO_BIN_EXE_rrun")]].concat();
+    let program = [how.starter, &[env!("CARGO_BIN_EXE_rrun")]].concat();
     let mut child = Command::new(program[0])
         .args(&program[1..])
         .args([
@@ -568,6 +623,7 @@ fn start(folder: &tempfile::TempDir, keys: &str, port: u16, starter: &[&str]) ->
         .arg("--announce")
         .arg(&announcement)
         .env("RRUN_AUTHORIZED_KEYS", keys)
+        .envs(how.environment.iter().copied())
         .env("RRUN_FAULT_POINT_FILE", folder.path().join("order"))
         .env_remove("CARGO_TARGET_DIR")
         .stdin(Stdio::null())
@@ -675,6 +731,19 @@ pub(crate) fn request(
             body: error.to_string(),
         },
     }
+}
+
+/// Text that does not compress: what is small about a push of it comes only from what both sides have.
+pub(crate) fn noise(bytes: usize) -> String {
+    let mut state = 1u64;
+    let mut text = String::with_capacity(bytes + 20);
+    while text.len() < bytes {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        text += &format!("// {state:016x}\n");
+    }
+    text
 }
 
 /// A port that something else listens on.

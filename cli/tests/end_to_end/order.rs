@@ -156,24 +156,6 @@ fn an_older_push_that_arrives_late_changes_nothing_and_is_told_by_which() {
 }
 
 #[test]
-fn who_pushes_over_another_person_s_version_is_told_whose_it_is() {
-    let (ann, bob) = (Laptop::new(), Laptop::new());
-    let agent = Agent::new(&[&ann, &bob]);
-    let (hers, his) = (Project::new(), Project::new());
-    his.answer("his");
-    ann.push_live(&hers, &agent);
-    let pushed = bob.push_live(&his, &agent);
-    let warning = pushed.event("warning").expect("he is told");
-    assert!(
-        warning["text"].as_str().unwrap().contains("person-0"),
-        "{warning}"
-    );
-    assert_eq!(agent.get("/").body, "his");
-    his.answer("his again");
-    assert!(bob.push_live(&his, &agent).event("warning").is_none());
-}
-
-#[test]
 fn ctrl_c_cancels_the_push_and_the_old_version_serves() {
     let laptop = Laptop::new();
     let agent = Agent::new(&[&laptop]);

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::harness::{Agent, Laptop, MAIN, Project, wait_for};
+use crate::harness::{Agent, Laptop, MAIN, Project, noise, wait_for};
 use filetime::{FileTime, set_file_mtime};
 
 fn setting() -> (Laptop, Project, Agent) {
@@ -48,15 +48,7 @@ fn an_edit_is_served_and_the_end_says_how() {
 #[test]
 fn a_one_line_edit_in_a_large_file_goes_up_in_less_than_a_kilobyte_and_one_round_trip() {
     let (laptop, project, agent) = setting();
-    // Text that does not compress: the smallness can only come from what both sides have.
-    let mut state = 1u64;
-    let mut filler = String::new();
-    while filler.len() < 30_000 {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        filler += &format!("// {state:016x}\n");
-    }
+    let filler = noise(30_000);
     project.write("src/main.rs", &format!("{MAIN}{filler}"));
     let first = laptop.push_live(&project, &agent);
     assert!(first.number("bytes_up") > 10_000);
