@@ -287,6 +287,7 @@ impl App {
         // Whoever still holds the pipe is not part of the app any more.
         let _ = running_timeout(REST_OF_OUTPUT_LIMIT, rest).await.is_ok();
         self.gone = true;
+        self.started.all_gone();
     }
 
     /// Again and again: what is killed may have been about to start something that was not listed yet.

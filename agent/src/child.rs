@@ -102,10 +102,11 @@ impl Spec<'_> {
 
 /// A process that was started, and its number for as long as somebody may still wait for it.
 ///
-/// Dropping it kills it with its group, unless it has ended.
+/// Dropping it kills it with everything it started, unless that is known to be gone.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) child: Child,
+    gone: bool,
     process: u32,
     mark: Option<Vec<u8>>,
     entry: u64,
@@ -121,7 +122,8 @@ impl Started {
     pub(crate) async fn end(mut self, first: Signal, grace: Duration) {
         let mut known = self.descendants();
         if known.is_empty() && !platform::group_is_alive(self.process) {
-            return self.ended(&known).await;
+            self.ended(&known).await;
+            return self.all_gone();
         }
         platform::signal_group(self.process, first);
         known.iter().for_each(|descendant| descendant.send(first));
@@ -132,9 +134,14 @@ impl Started {
             self.ended(&known).await;
             known = self.descendants();
             if known.is_empty() {
-                return;
+                return self.all_gone();
             }
         }
+    }
+
+    /// Whoever ended it knows that nothing of it is left.
+    pub(crate) fn all_gone(&mut self) {
+        self.gone = true;
     }
 
     /// Looks for everything that it started; reads all of `/proc`, so not for the async threads.
@@ -171,8 +178,12 @@ impl Started {
 
 impl Drop for Started {
     fn drop(&mut self) {
-        if self.child.id().is_some() {
-            self.kill(&self.descendants());
+        if !self.gone {
+            let known = self.descendants();
+            // Nothing has the leader's number while it is not waited for or has company in its group.
+            if self.child.id().is_some() || !known.is_empty() {
+                self.kill(&known);
+            }
         }
         // From now on whoever reaps orphans may reap it.
         registered().running.remove(&self.entry);
@@ -271,6 +282,7 @@ fn spawn(spec: &Spec<'_>) -> io::Result<Started> {
     registered.name(entry, process);
     Ok(Started {
         child,
+        gone: false,
         process,
         mark,
         entry,

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime},
@@ -390,12 +390,12 @@ fn an_agent_killed_at_200_random_times_always_goes_on() {
     assert_eq!(kills, KILLS);
 }
 
-/// A build script that never ends, with two processes that ignore what asks them to end, one in a session of its own.
+/// A build script that never ends, with two processes that ignore what asks them to end, one of them without a parent and
+/// in a session of its own.
 const ENDLESS_BUILD: &str = r#"fn main() {
-    for starter in [&["sh"][..], &["setsid", "sh"]] {
-        let mut command = std::process::Command::new(starter[0]);
-        command.args(&starter[1..]).args(["-c", "trap '' TERM INT; while :; do sleep 1000; done"]);
-        command.spawn().unwrap();
+    let stubborn = "trap '' TERM INT; while :; do sleep 1000; done";
+    for script in [stubborn.to_owned(), format!("setsid sh -c \"{stubborn}\" &")] {
+        std::process::Command::new("sh").args(["-c", &script]).spawn().unwrap();
     }
     let target = std::env::var("CARGO_TARGET_DIR").unwrap();
     std::fs::write(format!("{target}/building"), "").unwrap();
@@ -476,24 +476,37 @@ fn kill(process: u32) {
     });
 }
 
-/// A process that only has the number of one that an earlier agent started.
+/// The agent's register of processes, as it lies on disk: the machine's boot, when the agent started, and of each process
+/// its number, when that started, and its mark.
+#[cfg(target_os = "linux")]
+type Register = (String, u64, Vec<(Option<(u32, u64)>, Option<Vec<u8>>)>);
+
 #[cfg(target_os = "linux")]
 #[test]
-fn a_number_that_was_used_again_is_nobody_s_leftover() {
+fn a_process_that_only_has_a_leftover_s_number_is_left_alone() {
     let laptop = Laptop::new();
     let mut agent = Agent::new(&[&laptop]);
     laptop.push_live(&Project::new(), &agent);
     agent.kill();
     let register = agent.workspace().join("state/processes");
-    let written = fs::read(&register).unwrap();
+    let mut written: Register = postcard::from_bytes(&fs::read(&register).unwrap()).unwrap();
+    let stranger = std::process::Command::new("sleep")
+        .arg("1000")
+        .process_group(0)
+        .spawn();
+    let mut stranger = stranger.unwrap();
+    let (_, _, processes) = &mut written;
+    let (app, _) = processes
+        .iter_mut()
+        .find(|(_, mark)| mark.as_ref().is_some_and(|mark| mark.starts_with(b"PORT=")))
+        .unwrap();
+    let (number, _) = app.as_mut().unwrap();
+    *number = stranger.id();
+    fs::write(&register, postcard::to_stdvec(&written).unwrap()).unwrap();
     agent.start_again();
+    assert!(stranger.try_wait().unwrap().is_none(), "it was killed");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    // The app, which the register does not name by its number any more, was known by its mark.
     served(&agent, &laptop);
-    let survivor = agent.status(&laptop)["process"].clone();
-    agent.kill();
-    // The register of the agent before: the same boot, other processes.
-    fs::write(&register, written).unwrap();
-    agent.start_again();
-    let survivor = u32::try_from(survivor.as_u64().unwrap()).unwrap();
-    assert!(processes_of(&agent.workspace()).contains(&survivor));
-    kill(survivor);
 }

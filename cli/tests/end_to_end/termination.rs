@@ -20,12 +20,11 @@ use crate::{
 /// Between SIGTERM and SIGKILL.
 const CLOUD_RUN_LIMIT: Duration = Duration::from_secs(10);
 
-/// Starts two processes that ignore SIGTERM, one of them in a session of its own, before the app listens.
+/// Starts two processes that ignore SIGTERM, one of them without a parent and in a session of its own, before the app listens.
 const STUBBORN: &str = r#"
-    for starter in [&["sh"][..], &["setsid", "sh"]] {
-        let mut command = std::process::Command::new(starter[0]);
-        command.args(&starter[1..]).args(["-c", "trap '' TERM INT; while :; do sleep 1000; done"]);
-        command.spawn().unwrap();
+    let stubborn = "trap '' TERM INT; while :; do sleep 1000; done";
+    for script in [stubborn.to_owned(), format!("setsid sh -c \"{stubborn}\" &")] {
+        std::process::Command::new("sh").args(["-c", &script]).spawn().unwrap();
     }
 "#;
 
