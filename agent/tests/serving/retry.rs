@@ -190,7 +190,10 @@ async fn kill(stand: &Stand) {
     let process = stand.service.status().process.unwrap();
     let pid = Pid::from_raw(process.try_into().unwrap()).unwrap();
     kill_process(pid, Signal::KILL).unwrap();
-    eventually(|| !is_alive(process)).await;
+    // A thread that has not ended yet keeps the sockets open.
+    let threads = format!("/proc/{process}/task");
+    let threads = || std::fs::read_dir(&threads).map_or(0, Iterator::count);
+    eventually(|| !is_alive(process) && threads() <= 1).await;
 }
 
 /// What the clients of a load have in common.
