@@ -302,6 +302,7 @@ async fn part(
 
 /// The refusal of a push that found the disk full, after room was made for the next one.
 async fn no_room(control: &Control, error: &impl std::fmt::Display) -> No {
+    control.uploads.drop_all();
     let (answer, answered) = oneshot::channel();
     let request = queue::Request::MakeRoom { answer };
     let hint = ask(control, request, answered).await.ok().flatten();

@@ -478,7 +478,8 @@ impl Worker {
     /// Removes what can be made again, and says what to do next.
     fn make_room(&mut self) -> String {
         let serving = self.serving().map(|serving| serving.number);
-        if let Err(error) = self.generations.keep_only(serving) {
+        let dropped = self.generations.keep_only(serving);
+        if let Err(error) = dropped.and_then(|()| self.tree.make_room()) {
             tracing::warn!("{error:#}");
         }
         room::make(&self.shared.layout)

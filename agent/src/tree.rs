@@ -491,6 +491,15 @@ impl Tree {
         self.drop_unused_contents()
     }
 
+    /// Removes what only the tree before this one needs, unless a journal is still to be carried out.
+    pub(crate) fn make_room(&mut self) -> anyhow::Result<()> {
+        if self.whole {
+            self.previous = Manifest::default();
+            self.drop_unused_contents()?;
+        }
+        Ok(())
+    }
+
     /// Keeps what the tree before this one needs too: another push that starts from it may be read at this moment.
     fn drop_unused_contents(&self) -> anyhow::Result<()> {
         let used: HashSet<String> = self
