@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use cargo_metadata::{CompilerMessage, Message, diagnostic::DiagnosticLevel};
+use cargo_metadata::{CompilerMessage, Message, PackageId, diagnostic::DiagnosticLevel};
 use futures_util::{FutureExt as _, future::FusedFuture as _};
 use rrun_protocol::{BuildPlan, EventKind, MAX_EVENT_TEXT_BYTES, TreePath};
 use rustix::process::Signal;
@@ -247,6 +247,20 @@ impl Heard {
     /// The packages with errors, and those of the tree that were not compiled now: errors may come from what is left of them.
     fn suspects(self, tree: &Path) -> BTreeSet<String> {
         let mut suspects = self.failed;
+        // A build script that was compiled and whose run is not told of has failed.
+        let scripts = self
+            .units
+            .artifacts
+            .iter()
+            .filter(|artifact| artifact.target.is_custom_build());
+        let ran = |package: &PackageId| {
+            self.units
+                .scripts
+                .iter()
+                .any(|script| script.package_id == *package)
+        };
+        let failed_scripts = scripts.filter(|script| !ran(&script.package_id));
+        suspects.extend(failed_scripts.map(|script| script.package_id.repr.clone()));
         if !suspects.is_empty() {
             let artifacts = self.units.artifacts.iter();
             let reused = artifacts.filter(|artifact| artifact.fresh);

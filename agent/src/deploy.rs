@@ -100,9 +100,11 @@ impl Worker {
             tracing::info!(generation = generation.number, tree = %generation.tree.short(), "starting what served last");
             let spec = self.generations.spec(&generation, &self.environment);
             if let Err(error) = self.service.replace(spec, &stop.token).await {
-                let why = format!("generation {} does not start: {error}", generation.number);
-                tracing::error!("{why}");
-                self.service.explain(&why);
+                if !matches!(error, ReplaceError::Cancelled) {
+                    let why = format!("generation {} does not start: {error}", generation.number);
+                    tracing::error!("{why}");
+                    self.service.hold(&why);
+                }
                 self.start_pause = Some((pause * 2).min(LONGEST_START_PAUSE));
             }
         }
@@ -477,8 +479,10 @@ impl Worker {
 
     /// Removes what can be made again, and says what to do next.
     fn make_room(&mut self) -> String {
-        let serving = self.serving().map(|serving| serving.number);
-        let dropped = self.generations.keep_only(serving);
+        // Also while it does not start: a full disk may be why.
+        let last = self.serving().or_else(|| self.generations.serving());
+        let last = last.map(|last| last.number);
+        let dropped = self.generations.keep_only(last);
         if let Err(error) = dropped.and_then(|()| self.tree.make_room()) {
             tracing::warn!("{error:#}");
         }
@@ -487,10 +491,10 @@ impl Worker {
 
     async fn rollback(&mut self, mut exchange: Exchange<'_>, wanted: Option<u64>) {
         let serving = self.serving().map(|serving| serving.number);
-        let found = self.generations.kept().find(|generation| match wanted {
-            Some(number) => generation.number == number,
-            None => serving.is_none_or(|serving| generation.number < serving),
-        });
+        let found = match wanted {
+            Some(number) => self.generations.get(number),
+            None => self.generations.previous(serving),
+        };
         let ending = match found.cloned() {
             Some(generation) => {
                 exchange.tree = generation.tree;

@@ -25,6 +25,11 @@ use crate::{
 
 /// Time between SIGTERM and SIGKILL.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// How long requests may take before a pause. New ones are held meanwhile, for 30 s at most: this, the stop and the start
+/// of the next version have to fit in.
+const PAUSE_DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// The same for streams, which do not end by themselves.
+const STREAM_PAUSE_LIMIT: Duration = Duration::from_secs(1);
 /// Pause before an app that died is started again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest such pause.
@@ -277,8 +282,10 @@ impl Keeping {
         self.hold(String::from("the app is being replaced"));
         fault_point!("draining");
         let (requests, streams) = match *self.wishes.borrow() {
-            // Nobody is served meanwhile, so streams get no more time than requests.
-            Wish::Pause => (self.spec.run.drain_limit, self.spec.run.drain_limit),
+            Wish::Pause => (
+                self.spec.run.drain_limit.min(PAUSE_DRAIN_LIMIT),
+                STREAM_PAUSE_LIMIT,
+            ),
             _ => (self.spec.run.drain_limit, self.spec.run.stream_drain_limit),
         };
         let drained = {

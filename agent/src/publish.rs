@@ -23,8 +23,8 @@ const DESCRIPTION: &str = "generation.json";
 const EXECUTABLE: &str = "executable";
 const FILES: &str = "files";
 
-/// State file: number of the generation that serves, or served when the agent ended.
-const SERVING: &str = "serving";
+/// State file: numbers of the generations that served, the one that serves last.
+const SERVED: &str = "served";
 
 /// One built version.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -82,27 +82,50 @@ impl Generations {
 
     /// The generation that serves or last served.
     pub(crate) fn serving(&self) -> Option<&Generation> {
-        let number: u64 = self.layout.load(SERVING)?;
+        self.get(*self.served().last()?)
+    }
+
+    /// The one that served before `serving`, and is still kept.
+    pub(crate) fn previous(&self, serving: Option<u64>) -> Option<&Generation> {
+        let served = self.served();
+        let before = served
+            .iter()
+            .rev()
+            .filter(|number| Some(**number) != serving);
+        before.filter_map(|number| self.get(*number)).next()
+    }
+
+    /// A kept generation by its number.
+    pub(crate) fn get(&self, number: u64) -> Option<&Generation> {
         self.kept
             .iter()
             .find(|generation| generation.number == number)
     }
 
-    /// Notes that `number` serves now, and removes generations beyond those that are kept.
+    /// Notes that `number` serves now, and removes generations beyond those that are kept, the longest out of service first.
     pub(crate) fn set_serving(&mut self, number: u64) -> anyhow::Result<()> {
-        self.layout.store(SERVING, &number)?;
+        let mut served = self.served();
+        served.retain(|other| *other != number && self.get(*other).is_some());
+        served.push(number);
+        self.layout.store(SERVED, &served)?;
         fault_point!("serving noted");
-        while self.kept.len() > KEPT {
-            let Some(oldest) = self
-                .kept
-                .iter()
-                .find(|generation| generation.number != number)
-            else {
-                break;
-            };
-            self.remove(oldest.number)?;
-        }
-        Ok(())
+        let last_service = |number: u64| served.iter().position(|other| *other == number);
+        let mut oldest_first: Vec<u64> = self
+            .kept
+            .iter()
+            .map(|generation| generation.number)
+            .collect();
+        oldest_first.sort_by_key(|number| last_service(*number));
+        let surplus = oldest_first.len().saturating_sub(KEPT);
+        oldest_first
+            .into_iter()
+            .take(surplus)
+            .try_for_each(|number| self.remove(number))
+    }
+
+    /// Numbers in the order of their last service.
+    fn served(&self) -> Vec<u64> {
+        self.layout.load(SERVED).unwrap_or_default()
     }
 
     /// Removes all but `serving`, to make room.
@@ -116,7 +139,10 @@ impl Generations {
 
     /// Notes that nothing serves.
     pub(crate) fn clear_serving(&self) -> anyhow::Result<()> {
-        self.layout.store(SERVING, &0u64)
+        let mut served = self.served();
+        // No generation has this number.
+        served.push(0);
+        self.layout.store(SERVED, &served)
     }
 
     /// Kept generations, newest first.

@@ -3,7 +3,12 @@
 //! A newer push stops the one under way, which then knows by which; an older scan of a checkout is refused whenever it
 //! arrives. What is done with a request is the worker's ([`crate::deploy`]).
 
-use std::{collections::HashMap, ffi::OsString, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    ffi::OsString,
+    sync::Arc,
+    time::Duration,
+};
 
 use rrun_protocol::{
     CheckoutId, EventKind, Manifest, Outcome, Preamble, PushId, Report, Timings, TreeDigest,
@@ -26,6 +31,8 @@ use crate::{
 /// Requests that wait for the deployer; each holds a received push, so few.
 const MAX_WAITING: usize = 16;
 
+/// Pushes that were cancelled on their way and are remembered; one person cancels one at a time.
+const MAX_CANCELLED: usize = 64;
 /// Checkouts whose newest scan is remembered. A team has some dozens; forgetting them only lets a late push in.
 const MAX_CHECKOUTS: usize = 1024;
 
@@ -119,8 +126,30 @@ pub(crate) enum End {
 pub(crate) struct Deployer {
     worker: Worker,
     mailbox: mpsc::Receiver<Request>,
-    /// The newest scan seen of each checkout.
+    seen: Seen,
+}
+
+/// What the queue remembers of what came by.
+#[derive(Default)]
+struct Seen {
+    /// The newest scan of each checkout.
     newest: HashMap<CheckoutId, (u64, PushId)>,
+    /// Pushes that were cancelled while they were still on their way.
+    cancelled: VecDeque<PushId>,
+}
+
+impl Seen {
+    /// Notes that a push that is not here yet is not to be let in, and says whether it may still come.
+    fn cancel(&mut self, shared: &Shared, push: Option<PushId>) -> bool {
+        let Some(push) = push.filter(|push| shared.events(*push).is_none()) else {
+            return false;
+        };
+        self.cancelled.push_back(push);
+        if self.cancelled.len() > MAX_CANCELLED {
+            self.cancelled.pop_front();
+        }
+        true
+    }
 }
 
 impl Deployer {
@@ -138,7 +167,7 @@ impl Deployer {
             Self {
                 worker,
                 mailbox,
-                newest: HashMap::new(),
+                seen: Seen::default(),
             },
             sender,
         )
@@ -149,7 +178,7 @@ impl Deployer {
         let Self {
             mut worker,
             mut mailbox,
-            mut newest,
+            mut seen,
         } = self;
         let shared = Arc::clone(&worker.shared);
         shared.set_tree(worker.tree.manifest(), worker.tree.digest());
@@ -165,7 +194,7 @@ impl Deployer {
                 };
                 let Some(arrived) = arrived else { break };
                 worker.recover();
-                waiting = admit(&mut newest, &shared, arrived, false);
+                waiting = admit(&mut seen, &shared, arrived, false);
             }
             let Some(request) = waiting.take() else {
                 continue;
@@ -203,14 +232,14 @@ impl Deployer {
                         if let Some(cancelled) = waits {
                             cancelled.end_unbegun(&shared, Outcome::Cancelled, None);
                         }
-                        let _ = answer.send(found);
+                        let _ = answer.send(found || seen.cancel(&shared, push));
                         continue;
                     }
                     if let Request::MakeRoom { answer } = arrived {
                         let _ = answer.send(None);
                         continue;
                     }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived, true) else {
+                    let Some(arrived) = admit(&mut seen, &shared, arrived, true) else {
                         continue;
                     };
                     stop.give_way_to(arrived.push_id());
@@ -224,6 +253,10 @@ impl Deployer {
                 return End::HandOver(spec);
             }
         }
+        mailbox.close();
+        while let Some(unbegun) = waiting.take().or_else(|| mailbox.try_recv().ok()) {
+            unbegun.end_unbegun(&shared, Outcome::Cancelled, None);
+        }
         worker.service.shutdown(limit).await;
         End::Stopped
     }
@@ -231,15 +264,10 @@ impl Deployer {
 
 /// Lets a request in, unless it is already known, older than what was seen of its checkout, made against another tree, or
 /// answered at once. Who sent a push gets its first events here, however long the work under way takes to give way.
-fn admit(
-    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
-    shared: &Shared,
-    request: Request,
-    is_busy: bool,
-) -> Option<Request> {
+fn admit(seen: &mut Seen, shared: &Shared, request: Request, is_busy: bool) -> Option<Request> {
     match request {
-        Request::Cancel { answer, .. } => {
-            let _ = answer.send(false);
+        Request::Cancel { push, answer } => {
+            let _ = answer.send(seen.cancel(shared, push));
             None
         }
         Request::Push { id, mut answer, .. } if shared.events(id).is_some() => {
@@ -255,7 +283,7 @@ fn admit(
             let newer = received
                 .preamble
                 .as_ref()
-                .and_then(|preamble| newer_scan(newest, preamble, id));
+                .and_then(|preamble| newer_scan(&mut seen.newest, preamble, id));
             let tree = shared.status().tree;
             if newer.is_none() && !fits_on(&received, tree) {
                 answer.give(Err(tree));
@@ -275,6 +303,10 @@ fn admit(
                 by,
                 answer,
             };
+            if seen.cancelled.contains(&id) {
+                request.end_unbegun(shared, Outcome::Cancelled, None);
+                return None;
+            }
             if newer.is_some() {
                 request.end_unbegun(shared, Outcome::Superseded, newer);
                 return None;
@@ -336,7 +368,11 @@ impl Request {
             Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
                 (id, shared.status().tree, answer.into())
             }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => return,
+            Self::Stop { answer } => {
+                let _ = answer.send(());
+                return;
+            }
+            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start => return,
         };
         let events = shared.start_push(id);
         events.append(EventKind::Finished(Report {

@@ -40,7 +40,8 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
 pub(crate) fn tells_full(line: &str, folder: &Path) -> bool {
     let died_writing = || DIED_WRITING.iter().any(|text| line.contains(text));
     let is_low = || free_bytes(folder).is_some_and(|bytes| bytes < LITTLE_ROOM_BYTES);
-    line.contains(FULL) || died_writing() && is_low()
+    // The text alone may stand in somebody's code.
+    (line.contains(FULL) || died_writing()) && is_low()
 }
 
 /// Removes cargo's incremental files, and says how much is free then and what to do next.

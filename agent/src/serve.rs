@@ -90,6 +90,9 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let shared = Shared::new(layout.clone(), output.clone(), boot);
     let (service, route) = Service::new(output);
     shared.set_service(service.view());
+    if generations.serving().is_some() {
+        service.hold("the version that served last is being started");
+    }
     let (deployer, requests) = Deployer::new(
         tree,
         generations,

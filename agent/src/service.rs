@@ -165,10 +165,11 @@ impl Service {
         self.replace(spec, &CancellationToken::new()).await
     }
 
-    /// Tells requests `why` nothing serves, if nothing does.
-    pub fn explain(&self, why: &str) {
+    /// Holds requests for what is going to serve, if nothing does yet; those that wait too long are told `why`.
+    pub fn hold(&self, why: &str) {
         if self.current.is_none() {
-            self.routes.take_over(nothing(why));
+            let why = why.to_owned();
+            self.routes.take_over(Route::Held { why });
         }
     }
 
@@ -214,15 +215,20 @@ impl Service {
         let ready = unless(cancel, start_ready(&spec, &self.output)).await?;
         ready.app.stop(running_sleep(GRACE)).await;
         let since = Instant::now();
-        let pause = self.current.as_ref().map(Keeper::pause);
-        let finished = async {
-            if let Some(pause) = &pause {
-                pause.stopped().await;
-            }
+        // What still drains ends first: until then the present version serves.
+        let drained = async {
             while self.retiring.join_next().await.is_some() {}
             Ok(())
         };
-        unless(cancel, finished).await?;
+        unless(cancel, drained).await?;
+        let pause = self.current.as_ref().map(Keeper::pause);
+        let stopped = async {
+            if let Some(pause) = &pause {
+                pause.stopped().await;
+            }
+            Ok(())
+        };
+        unless(cancel, stopped).await?;
         if let Some(pause) = pause {
             pause.keep();
         }

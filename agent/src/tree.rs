@@ -227,11 +227,19 @@ impl Tree {
     /// On an error before the commit point nothing has changed; after it, [`Self::recover`] finishes what this began.
     /// No process may be building in the tree, and it has to be whole.
     pub(crate) fn apply(&mut self, target: Manifest, staged: &Staged) -> anyhow::Result<Applied> {
-        let restored = self.changed_behind_our_back()?;
+        let changed = self.changed_behind_our_back()?;
+        // Where the push brings another content, there is nothing to put back.
+        let is_same =
+            |path: &TreePath| target.get(path.as_str()) == self.manifest.get(path.as_str());
+        let restored = changed
+            .iter()
+            .filter(|path| is_same(path))
+            .cloned()
+            .collect();
         let write: Vec<TreePath> = target
             .iter()
             .filter(|(path, entry)| {
-                self.manifest.get(path.as_str()) != Some(*entry) || restored.contains(*path)
+                self.manifest.get(path.as_str()) != Some(*entry) || changed.contains(*path)
             })
             .map(|(path, _)| path.clone())
             .collect();
@@ -259,9 +267,7 @@ impl Tree {
             self.carry_out(journal, &prepared)?;
             self.whole = true;
         }
-        Ok(Applied {
-            restored: restored.into_iter().collect(),
-        })
+        Ok(Applied { restored })
     }
 
     /// Does everything that may fail for want of room, then passes the commit point.

@@ -234,6 +234,57 @@ fn a_failure_after_a_cancelled_build_is_built_once_more_from_clean() {
     );
 }
 
+/// A build script that cannot run again where it was killed.
+#[test]
+fn a_build_script_that_was_killed_half_way_runs_again_from_clean() {
+    let laptop = Laptop::new();
+    let agent = Agent::new(&[&laptop]);
+    let project = Project::new();
+    let gate = Gate::new(&project);
+    let half = "fn main() {\n    let half = std::path::Path::new(&std::env::var(\"OUT_DIR\").unwrap()).join(\"half\");\n    std::fs::create_dir(&half).unwrap();\n    println!(\"cargo:warning=half way\");\n";
+    project.replace("build.rs", "fn main() {\n", half);
+    project.replace(
+        "build.rs",
+        "    }\n}\n",
+        "    }\n    std::fs::remove_dir(&half).unwrap();\n}\n",
+    );
+    let mut push = laptop.start_push(&project, &agent, &[]);
+    push.wait_for("building");
+    let build = agent.workspace().join("target/debug/build");
+    crate::harness::wait_for("the build script to be half way", || {
+        let folders = fs::read_dir(&build).into_iter().flatten().flatten();
+        folders
+            .into_iter()
+            .any(|folder| folder.path().join("out/half").exists())
+    });
+    let url = agent.url();
+    assert_eq!(
+        laptop.run(&project.folder, &["cancel", "--url", &url]).code,
+        0
+    );
+    assert_eq!(push.end().code, 130);
+    gate.open();
+    laptop.push_live(&project, &agent);
+    assert_eq!(agent.get("/").body, "one");
+}
+
+#[test]
+fn a_push_that_was_cancelled_on_its_way_is_not_let_in_when_it_arrives() {
+    let laptop = Laptop::new();
+    let agent = Agent::new(&[&laptop]);
+    let id = "b25pdHN3YXkh";
+    let cancel = format!("/_rrun/cancel?push={id}");
+    assert_eq!(
+        agent.signed(&laptop, "POST", &cancel, &[], b"").body,
+        "true"
+    );
+    let push = format!("/_rrun/pushes/{id}");
+    let answer = agent.signed(&laptop, "POST", &push, &[], &push_by_hand(1, "late"));
+    let end: serde_json::Value = serde_json::from_str(answer.body.lines().last().unwrap()).unwrap();
+    assert_eq!(end["outcome"], "cancelled");
+    assert_eq!(agent.status(&laptop)["files"], 0);
+}
+
 /// A build script that leaves a process which no polite signal ends.
 #[test]
 fn ctrl_c_on_a_push_that_waits_for_the_one_before_cancels_it() {
@@ -261,6 +312,15 @@ fn ctrl_c_on_a_push_that_waits_for_the_one_before_cancels_it() {
     );
     assert_eq!(older.end().outcome(), "superseded");
     assert_eq!(agent.get("/").body, "one");
+    // One that waits when the agent is told to end is told so too.
+    let mut older = laptop.start_push(&project, &agent, &[]);
+    older.wait_for("building");
+    project.answer("four");
+    let mut newer = laptop.start_push(&project, &agent, &[]);
+    newer.wait_for("waiting");
+    let process = Pid::from_raw(agent.process().cast_signed()).unwrap();
+    kill_process(process, Signal::TERM).unwrap();
+    assert_eq!(newer.end().outcome(), "cancelled");
     drop(gate);
 }
 

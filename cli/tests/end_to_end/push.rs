@@ -506,11 +506,17 @@ fn what_served_last_is_started_again_until_it_starts() {
     let away = switch.path().with_extension("away");
     fs::rename(switch.path(), &away).unwrap();
     agent.restart(|_| {});
-    wait_for("the page that says why", || {
-        agent.get("/").body.contains("generation 1 does not start")
+    // Held from the first moment on, not turned away.
+    let asking = {
+        let url = agent.url();
+        std::thread::spawn(move || crate::harness::request("GET", &url, None, &[], b""))
+    };
+    wait_for("the first try", || {
+        agent.log().contains("generation 1 does not start")
     });
     fs::rename(&away, switch.path()).unwrap();
-    wait_for("the app", || agent.get("/").body == "one");
+    let answer = asking.join().unwrap();
+    assert_eq!((answer.status, answer.body.as_str()), (200, "one"));
 }
 
 #[test]
@@ -537,4 +543,42 @@ fn warm_leaves_what_a_push_would_have_left() {
     let built = laptop.push_live(&project, &agent).event("built").unwrap();
     assert_eq!(built["compiled"].as_u64(), Some(1), "{built}");
     assert_eq!(agent.get("/").body, "two");
+}
+
+#[test]
+fn a_rollback_goes_to_the_version_that_served_before() {
+    let (laptop, project, agent) = setting();
+    for answer in ["one", "two", "three", "two"] {
+        project.answer(answer);
+        laptop.push_live(&project, &agent);
+    }
+    let url = agent.url();
+    for answer in ["three", "two"] {
+        assert_eq!(
+            laptop
+                .run(&project.folder, &["rollback", "--url", &url])
+                .code,
+            0
+        );
+        assert_eq!(agent.get("/").body, answer);
+    }
+}
+
+#[test]
+fn code_that_speaks_of_a_full_disk_is_an_ordinary_compile_error() {
+    let (laptop, project, agent) = setting();
+    laptop.push_live(&project, &agent);
+    project.replace(
+        "src/main.rs",
+        "ANSWER.to_owned()",
+        "let wrong: u32 = \"No space left on device (os error 28)\"; wrong",
+    );
+    let failed = laptop.push(&project, &agent, &[]);
+    assert_eq!(
+        (failed.code, failed.outcome().as_str()),
+        (101, "build_failed"),
+        "{}",
+        failed.stdout
+    );
+    assert!(agent.workspace().join("target/debug/incremental").exists());
 }
