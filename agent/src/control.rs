@@ -37,6 +37,7 @@ use crate::{
     deploy,
     receive::{ReceiveError, Received, receive},
     record::{Item, Record},
+    room,
     shared::{Events, Shared},
     uploads::{PartError, UploadError, Uploads},
 };
@@ -289,12 +290,18 @@ async fn part(
     let body = read_body(&control, request.into_body(), expected, UPLOAD_PART_BYTES).await?;
     let uploads = Arc::clone(&control.uploads);
     let stored = blocking(move || uploads.store(upload, part, &body.bytes)).await?;
-    stored.map_err(|error| refuse_part(&error))?;
-    Ok(StatusCode::NO_CONTENT)
+    match stored {
+        Err(PartError::Store(source)) if room::is_full(&source) => {
+            Err(no_room(&control, &PartError::Store(source)).await)
+        }
+        Err(error) => Err(refuse_part(&error)),
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+    }
 }
 
-/// The refusal of a push that found the disk full, after room was made for the next one.
-async fn no_room(control: &Control, error: &ReceiveError) -> No {
+/// The refusal of what found the disk full, after room was made for the next push.
+async fn no_room(control: &Control, error: &impl std::error::Error) -> No {
+    control.uploads.drop_all();
     let (answer, answered) = oneshot::channel();
     let request = deploy::Request::MakeRoom { answer };
     let hint = ask(control, request, answered).await.ok().flatten();

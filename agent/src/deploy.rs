@@ -488,6 +488,8 @@ impl Worker {
                 self.start_pause = Some((pause * 2).min(LONGEST_START_PAUSE));
             }
         }
+        // The compiler may take a while to say which it is; what serves is known by now.
+        self.show();
         let manifest = self.tree.manifest();
         let asked = self
             .toolchain
@@ -854,6 +856,12 @@ impl Worker {
             return ending;
         }
         let hint = self.make_room();
+        // What is found now need not stop the next push, which starts from the tree that lies here.
+        if let Err(error) = self.tree.recover() {
+            tracing::warn!("the tree cannot be made whole yet: {error:#}");
+        }
+        self.shared
+            .set_tree(self.tree.manifest(), self.tree.digest());
         Ending {
             hint: Some(hint),
             ..ending
@@ -863,7 +871,8 @@ impl Worker {
     /// Removes what can be made again, and says what to do next.
     fn make_room(&mut self) -> String {
         let serving = self.serving().map(|serving| serving.number);
-        if let Err(error) = self.generations.keep_only(serving) {
+        let dropped = self.generations.keep_only(serving);
+        if let Err(error) = dropped.and_then(|()| self.tree.make_room()) {
             tracing::warn!("{error:#}");
         }
         room::make(&self.shared.layout)

@@ -142,7 +142,8 @@ impl Tree {
             last_build: layout.load(LAST_BUILD).unwrap_or_default(),
             whole: false,
         };
-        if let Err(error) = tree.recover() {
+        // Nobody reads what the tree before needs: nothing is received yet.
+        if let Err(error) = tree.recover().and_then(|()| tree.forget_previous()) {
             tracing::error!("the tree cannot be made whole yet: {error:#}");
         }
         Ok(tree)
@@ -487,6 +488,20 @@ impl Tree {
         self.stamps
             .retain(|path, _| manifest.get(path.as_str()).is_some());
         self.previous = std::mem::replace(&mut self.manifest, manifest);
+        self.drop_unused_contents()
+    }
+
+    /// Removes what the tree can do without, unless a journal is still to be carried out.
+    pub(crate) fn make_room(&mut self) -> anyhow::Result<()> {
+        if self.whole {
+            self.forget_previous()?;
+        }
+        Ok(())
+    }
+
+    /// Removes what only the tree before this one needs.
+    fn forget_previous(&mut self) -> anyhow::Result<()> {
+        self.previous = Manifest::default();
         self.drop_unused_contents()
     }
 

@@ -138,6 +138,11 @@ impl Uploads {
         self.lock().uploads.remove(upload);
     }
 
+    /// Forgets all uploads, to make room.
+    pub(crate) fn drop_all(&self) {
+        self.lock().uploads.clear();
+    }
+
     /// Drops uploads that nobody used for [`UPLOAD_IDLE_LIMIT`] of running time. Never ends.
     pub(crate) async fn forget_idle(&self) -> Infallible {
         loop {
