@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
-    clock::{running_sleep, running_timeout},
+    clock::running_sleep,
     compile::{Build, BuildLog, CompileError},
     fault::fault_point,
     output::OutputLine,
@@ -42,7 +42,7 @@ const MAX_WAITING: usize = 16;
 /// Lines of the app's output that are shown when it did not become ready.
 const SHOWN_OUTPUT: usize = 50;
 
-/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s.
+/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s by the clock, so this is no running time.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
 /// How much of that work under way may take first: a build's grace, and what killing it takes.
 const WORK_END_LIMIT: Duration = Duration::from_secs(3);
@@ -237,7 +237,7 @@ impl Deployer {
                             stop.token.cancel();
                             limit -= WORK_END_LIMIT;
                             // Dropped if it takes longer: what it started goes with it.
-                            let _ = running_timeout(WORK_END_LIMIT, &mut work).await.is_ok();
+                            let _ = tokio::time::timeout(WORK_END_LIMIT, &mut work).await.is_ok();
                             break;
                         }
                         Some(arrived) = mailbox.recv() => arrived,
