@@ -2,8 +2,8 @@
 //!
 //! A container without CPU is frozen in the middle of whatever it does. When it wakes up, the clock has moved by minutes
 //! or hours and every ordinary limit is long past, although nothing had a chance to happen. Here a limit is spent in
-//! ticks, and a tick counts for at most what was asked for, however long it really took. So a freeze costs a tenth of
-//! what was left at most, and never ends a limit by itself: whoever was frozen too has a moment to go on.
+//! ticks, and one that took far longer than it was meant to counts for no more than that. So a freeze costs a tenth of
+//! what was left, a second at most, and never ends a limit by itself: whoever was frozen too has a moment to go on.
 //!
 //! This is not for measuring: what is shown to people is real time.
 
@@ -17,7 +17,8 @@ const LONGEST_TICK: Duration = Duration::from_secs(1);
 const SHORTEST_TICK: Duration = Duration::from_millis(100);
 /// A tick is this part of what is left.
 const TICKS_LEFT: u32 = 10;
-/// A tick that took so much longer than asked for was a freeze: a busy machine is late by less.
+/// A tick that took so much longer than asked for was a freeze. A busy machine is late by less, and what it is late by
+/// counts: otherwise a limit would stretch with each tick.
 const FROZEN_FOR: Duration = Duration::from_secs(1);
 
 /// The limit passed first.
@@ -43,10 +44,11 @@ pub async fn running_sleep(limit: Duration) {
         let started = Instant::now();
         tokio::time::sleep(tick).await;
         let took = started.elapsed();
-        remaining = remaining.saturating_sub(took.min(tick));
-        if took > tick + FROZEN_FOR {
-            remaining = remaining.max(SHORTEST_TICK);
-        }
+        remaining = if took < tick + FROZEN_FOR {
+            remaining.saturating_sub(took)
+        } else {
+            remaining.saturating_sub(tick).max(SHORTEST_TICK)
+        };
     }
 }
 
@@ -131,5 +133,17 @@ mod tests {
         assert_eq!(tick(Duration::from_secs(650)), LONGEST_TICK);
         assert_eq!(tick(Duration::from_secs(1)), Duration::from_millis(100));
         assert_eq!(tick(Duration::from_millis(7)), Duration::from_millis(7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_busy_machine_that_is_late_with_every_tick_does_not_stretch_a_limit() {
+        let started = Instant::now();
+        let limited = tokio::spawn(running_sleep(Duration::from_secs(3)));
+        while !limited.is_finished() {
+            tokio::task::yield_now().await;
+            tokio::time::advance(Duration::from_millis(400)).await;
+            tokio::task::yield_now().await;
+        }
+        assert!(started.elapsed() <= Duration::from_millis(3600));
     }
 }

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     authorize::{Gate, Signer},
     clock::running_timeout,
-    deploy,
+    queue,
     receive::{ReceiveError, Received, receive},
     record::{Item, Record},
     room,
@@ -59,7 +59,7 @@ const MAX_REFUSAL_BYTES: usize = 4 << 10;
 struct Control {
     gate: Arc<Gate>,
     shared: Arc<Shared>,
-    deployer: mpsc::Sender<deploy::Request>,
+    deployer: mpsc::Sender<queue::Request>,
     uploads: Arc<Uploads>,
     bodies: Arc<Semaphore>,
     taking_apart: Arc<Semaphore>,
@@ -70,7 +70,7 @@ struct Control {
 pub(crate) fn routes(
     gate: Arc<Gate>,
     shared: Arc<Shared>,
-    deployer: mpsc::Sender<deploy::Request>,
+    deployer: mpsc::Sender<queue::Request>,
     uploads: Arc<Uploads>,
     end_agent: CancellationToken,
 ) -> Router {
@@ -229,7 +229,7 @@ async fn push(
         received => received.map_err(|error| refuse_push(&control, &error))?,
     };
     let (answer, answered) = oneshot::channel();
-    let request = deploy::Request::Push {
+    let request = queue::Request::Push {
         id,
         received: Box::new(received),
         by: signer.name,
@@ -291,19 +291,20 @@ async fn part(
     let uploads = Arc::clone(&control.uploads);
     let stored = blocking(move || uploads.store(upload, part, &body.bytes)).await?;
     match stored {
-        Err(PartError::Store(source)) if room::is_full(&source) => {
-            Err(no_room(&control, &PartError::Store(source)).await)
+        Err(PartError::Store(error)) if room::is_full(&error) => {
+            Err(no_room(&control, &PartError::Store(error)).await)
         }
-        Err(error) => Err(refuse_part(&error)),
-        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        stored => stored
+            .map(|()| StatusCode::NO_CONTENT)
+            .map_err(|error| refuse_part(&error)),
     }
 }
 
-/// The refusal of what found the disk full, after room was made for the next push.
-async fn no_room(control: &Control, error: &impl std::error::Error) -> No {
+/// The refusal of a push that found the disk full, after room was made for the next one.
+async fn no_room(control: &Control, error: &impl std::fmt::Display) -> No {
     control.uploads.drop_all();
     let (answer, answered) = oneshot::channel();
-    let request = deploy::Request::MakeRoom { answer };
+    let request = queue::Request::MakeRoom { answer };
     let hint = ask(control, request, answered).await.ok().flatten();
     let folder = control.shared.layout.staging();
     let mut refusal = no(
@@ -323,7 +324,7 @@ struct WholeBody {
 /// Hands an exchange to the deployer and answers with its events.
 async fn follow(
     control: &Control,
-    request: deploy::Request,
+    request: queue::Request,
     answered: oneshot::Receiver<Result<Events, TreeDigest>>,
 ) -> Result<Response, No> {
     match ask(control, request, answered).await? {
@@ -337,7 +338,7 @@ async fn follow(
 
 async fn ask<T>(
     control: &Control,
-    request: deploy::Request,
+    request: queue::Request,
     answered: oneshot::Receiver<T>,
 ) -> Result<T, No> {
     let ending = || no(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending");
@@ -564,7 +565,7 @@ async fn cancel(
     let push = query.push.as_deref().map(parse_push_id).transpose()?;
     let (answer, answered) = oneshot::channel();
     Ok(Json(
-        ask(&control, deploy::Request::Cancel { push, answer }, answered).await?,
+        ask(&control, queue::Request::Cancel { push, answer }, answered).await?,
     ))
 }
 
@@ -582,7 +583,7 @@ async fn rollback(
     let (answer, answered) = oneshot::channel();
     follow(
         &control,
-        deploy::Request::Rollback {
+        queue::Request::Rollback {
             id,
             generation,
             by,
@@ -598,7 +599,7 @@ async fn restart(State(control): State<Control>, request: Request) -> Result<Res
     let (answer, answered) = oneshot::channel();
     follow(
         &control,
-        deploy::Request::Restart { id, by, answer },
+        queue::Request::Restart { id, by, answer },
         answered,
     )
     .await
@@ -615,7 +616,7 @@ async fn stop(
     Query(Stop { agent }): Query<Stop>,
 ) -> Result<Json<Status>, No> {
     let (answer, answered) = oneshot::channel();
-    ask(&control, deploy::Request::Stop { answer }, answered).await?;
+    ask(&control, queue::Request::Stop { answer }, answered).await?;
     if agent {
         control.end_agent.cancel();
     }
@@ -714,7 +715,7 @@ mod tests {
         _folder: tempfile::TempDir,
         routes: Router,
         uploads: Arc<Uploads>,
-        _requests: mpsc::Receiver<deploy::Request>,
+        _requests: mpsc::Receiver<queue::Request>,
     }
 
     fn boot() -> BootId {

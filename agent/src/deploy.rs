@@ -1,51 +1,37 @@
-//! The one owner of the agent's state: takes pushes in turn, the newest first, and carries each through
-//! apply → compile → publish → swap.
+//! The one owner of the agent's state: carries each request through apply → compile → publish → swap, one at a time.
 //!
-//! [`Deployer::run`] is the queue: a newer push stops the one under way, which then knows by which. [`Worker::push`] is the
-//! pipeline; every push leaves it with exactly one report. What a stage does lies in the stage's own file.
+//! [`Worker::push`] is the pipeline; every push leaves it with exactly one report. What a stage does lies in the stage's own
+//! file, and which request comes next is the queue's ([`crate::queue`]).
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     ffi::OsString,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use rrun_protocol::{
-    CheckoutId, EventKind, HistoryEntry, Manifest, Outcome, Plan, Preamble, Project, PushId,
-    Report, Selection, SwapMode, Timings, TreeDigest,
+    EventKind, HistoryEntry, Outcome, Plan, Project, PushId, Report, Selection, SwapMode, Timings,
+    TreeDigest,
 };
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::AppSpec,
     authorize::seconds_since_1970,
-    clock::running_sleep,
-    compile::{Build, BuildLog, CompileError},
+    compile::{Build, CompileError},
+    exchange::{Ending, Exchange, Stop, Tee, millis, millis_since},
     fault::fault_point,
-    output::OutputLine,
     publish::{Generation, Generations},
+    queue::{Request, fits_on},
     receive::Received,
     recipe,
     room::{self, is_no_room},
     service::{ReplaceError, Replaced, Service},
-    shared::{Events, Log, Shared},
+    shared::Shared,
     toolchain::{Mismatch, Toolchain},
     tree::Tree,
 };
-
-/// Requests that wait for the deployer; each holds a received push, so few.
-const MAX_WAITING: usize = 16;
-
-/// Lines of the app's output that are shown when it did not become ready.
-const SHOWN_OUTPUT: usize = 50;
-
-/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s by the clock, so this is no running time.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
-/// How much of that work under way may take first: a build's grace, and what killing it takes.
-const WORK_END_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long the app may take to end when it is stopped; less than a client waits for the answer.
 const STOP_LIMIT: Duration = Duration::from_secs(6);
@@ -57,125 +43,29 @@ const FIRST_START_PAUSE: Duration = Duration::from_millis(500);
 /// Longest such pause.
 const LONGEST_START_PAUSE: Duration = Duration::from_secs(10);
 
-/// What the control routes ask for.
-pub(crate) enum Request {
-    /// Make this tree serve.
-    Push {
-        /// Chosen by the laptop.
-        id: PushId,
-        /// The checked push.
-        received: Box<Received>,
-        /// Who signed it.
-        by: String,
-        /// Gets the push's events, or the tree that lies here if the push starts from another one.
-        answer: Answer,
-    },
-    /// Swap to a kept generation, the one before the serving one if none is named.
-    Rollback {
-        /// Names the exchange.
-        id: PushId,
-        /// Which one.
-        generation: Option<u64>,
-        /// Who asks.
-        by: String,
-        /// Gets the events.
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
-    },
-    /// Start the serving generation anew.
-    Restart {
-        /// Names the exchange.
-        id: PushId,
-        /// Who asks.
-        by: String,
-        /// Gets the events.
-        answer: oneshot::Sender<Result<Events, TreeDigest>>,
-    },
-    /// End the push under way, if it is the named one or none is named.
-    Cancel {
-        /// Which one.
-        push: Option<PushId>,
-        /// Gets whether there was one.
-        answer: oneshot::Sender<bool>,
-    },
-    /// Remove what can be made again, because a push found no room. Nothing happens while something is under way.
-    MakeRoom {
-        /// Gets what to do next, if room was made.
-        answer: oneshot::Sender<Option<String>>,
-    },
-    /// Serve what served last. The deployer asks it of itself.
-    Start,
-    /// Stop the app.
-    Stop {
-        /// Told when it is gone.
-        answer: oneshot::Sender<()>,
-    },
+/// Does one thing at a time, with everything that the agent owns.
+pub(crate) struct Worker {
+    pub(crate) tree: Tree,
+    pub(crate) generations: Generations,
+    pub(crate) service: Service,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) environment: Vec<(OsString, OsString)>,
+    pub(crate) hand_over: Option<Box<AppSpec>>,
+    pub(crate) toolchain: Toolchain,
+    /// How long to wait before what served last is started again, if it did not start.
+    pub(crate) start_pause: Option<Duration>,
 }
 
-/// Where the answer to a push goes. It is given when the push is let in, which may be long before its turn.
-pub(crate) struct Answer(Option<oneshot::Sender<Result<Events, TreeDigest>>>);
-
-impl From<oneshot::Sender<Result<Events, TreeDigest>>> for Answer {
-    fn from(sender: oneshot::Sender<Result<Events, TreeDigest>>) -> Self {
-        Self(Some(sender))
-    }
-}
-
-impl Answer {
-    /// The first answer counts.
-    fn give(&mut self, answer: Result<Events, TreeDigest>) {
-        if let Some(sender) = self.0.take() {
-            // Who asked may have left; the push goes on.
-            let _ = sender.send(answer);
-        }
-    }
-}
-
-/// How the deployer ended.
-pub(crate) enum End {
-    /// It was told to stop; no process is left.
-    Stopped,
-    /// The agent's process is to become the app; no other process is left.
-    HandOver(Box<AppSpec>),
-}
-
-/// The queue in front of the worker.
-pub(crate) struct Deployer {
-    worker: Worker,
-    mailbox: mpsc::Receiver<Request>,
-    /// The newest scan seen of each checkout.
-    newest: HashMap<CheckoutId, (u64, PushId)>,
-}
-
-/// Stops a piece of work, with the reason.
-#[derive(Default)]
-struct Stop {
-    token: CancellationToken,
-    superseded_by: OnceLock<PushId>,
-    /// Cancelled when the agent itself ends.
-    shutdown: CancellationToken,
-}
-
-impl Stop {
-    /// Stops the work for something newer, which is named if it is a push.
-    fn give_way_to(&self, newer: Option<PushId>) {
-        if let Some(newer) = newer {
-            let _ = self.superseded_by.set(newer);
-        }
-        self.token.cancel();
-    }
-}
-
-impl Deployer {
-    /// A deployer and where to send it requests.
+impl Worker {
+    /// A worker with nothing to do yet.
     pub(crate) fn new(
         tree: Tree,
         generations: Generations,
         service: Service,
         shared: Arc<Shared>,
         environment: Vec<(OsString, OsString)>,
-    ) -> (Self, mpsc::Sender<Request>) {
-        let (sender, mailbox) = mpsc::channel(MAX_WAITING);
-        let worker = Worker {
+    ) -> Self {
+        Self {
             tree,
             generations,
             service,
@@ -184,293 +74,21 @@ impl Deployer {
             hand_over: None,
             toolchain: Toolchain::default(),
             start_pause: None,
-        };
-        (
-            Self {
-                worker,
-                mailbox,
-                newest: HashMap::new(),
-            },
-            sender,
-        )
-    }
-
-    /// Works until `shutdown`, or until the agent's process is to become the app.
-    pub(crate) async fn run(self, shutdown: CancellationToken) -> End {
-        let Self {
-            mut worker,
-            mut mailbox,
-            mut newest,
-        } = self;
-        let shared = Arc::clone(&worker.shared);
-        shared.set_tree(worker.tree.manifest(), worker.tree.digest());
-        let mut limit = SHUTDOWN_LIMIT;
-        let mut waiting = Some(Request::Start);
-        while !shutdown.is_cancelled() {
-            if waiting.is_none() {
-                let pause = worker.start_pause.unwrap_or_default();
-                let arrived = tokio::select! {
-                    arrived = mailbox.recv() => arrived,
-                    () = shutdown.cancelled() => None,
-                    () = running_sleep(pause), if worker.start_pause.is_some() => Some(Request::Start),
-                };
-                let Some(arrived) = arrived else { break };
-                waiting = admit(&mut newest, &shared, arrived, false);
-            }
-            let Some(request) = waiting.take() else {
-                continue;
-            };
-            let under_way = request.push_id();
-            let stop = Stop {
-                shutdown: shutdown.clone(),
-                ..Stop::default()
-            };
-            {
-                let work = worker.take(request, &stop);
-                tokio::pin!(work);
-                loop {
-                    let arrived = tokio::select! {
-                        // First, so that a push is let in against the tree that the one under way leaves.
-                        biased;
-                        () = &mut work => break,
-                        () = shutdown.cancelled() => {
-                            stop.token.cancel();
-                            limit -= WORK_END_LIMIT;
-                            // Dropped if it takes longer: what it started goes with it.
-                            let _ = tokio::time::timeout(WORK_END_LIMIT, &mut work).await.is_ok();
-                            break;
-                        }
-                        Some(arrived) = mailbox.recv() => arrived,
-                    };
-                    if let Request::Cancel { push, answer } = arrived {
-                        let is_meant =
-                            |id: Option<PushId>| id.is_some() && (push.is_none() || push == id);
-                        let waits = waiting.take_if(|waiting| is_meant(waiting.push_id()));
-                        let found = is_meant(under_way) || waits.is_some();
-                        if is_meant(under_way) {
-                            stop.token.cancel();
-                        }
-                        if let Some(cancelled) = waits {
-                            cancelled.end_unbegun(&shared, Outcome::Cancelled, None);
-                        }
-                        let _ = answer.send(found);
-                        continue;
-                    }
-                    if let Request::MakeRoom { answer } = arrived {
-                        let _ = answer.send(None);
-                        continue;
-                    }
-                    let Some(arrived) = admit(&mut newest, &shared, arrived, true) else {
-                        continue;
-                    };
-                    stop.give_way_to(arrived.push_id());
-                    if let Some(skipped) = waiting.replace(arrived) {
-                        let newer = waiting.as_ref().and_then(Request::push_id);
-                        skipped.end_unbegun(&shared, Outcome::Superseded, newer);
-                    }
-                }
-            }
-            if let Some(spec) = worker.hand_over.take() {
-                return End::HandOver(spec);
-            }
-        }
-        worker.service.shutdown(limit).await;
-        End::Stopped
-    }
-}
-
-/// Lets a request in, unless it is already known, older than what was seen of its checkout, made against another tree, or
-/// answered at once. Who sent a push gets its first events here, however long the work under way takes to give way.
-fn admit(
-    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
-    shared: &Shared,
-    request: Request,
-    is_busy: bool,
-) -> Option<Request> {
-    match request {
-        Request::Cancel { answer, .. } => {
-            let _ = answer.send(false);
-            None
-        }
-        Request::Push { id, mut answer, .. } if shared.events(id).is_some() => {
-            answer.give(Ok(shared.events(id)?));
-            None
-        }
-        Request::Push {
-            id,
-            received,
-            by,
-            mut answer,
-        } => {
-            let newer = received
-                .preamble
-                .as_ref()
-                .and_then(|preamble| newer_scan(newest, preamble, id));
-            let tree = shared.status().tree;
-            if newer.is_none() && !fits_on(&received, tree) {
-                answer.give(Err(tree));
-                return None;
-            }
-            let events = shared.start_push(id);
-            events.append(EventKind::Received {
-                push: id,
-                tree: received.target.tree_digest(),
-                changed: received.changed,
-                deleted: received.deleted,
-            });
-            answer.give(Ok(Arc::clone(&events)));
-            let request = Request::Push {
-                id,
-                received,
-                by,
-                answer,
-            };
-            if newer.is_some() {
-                request.end_unbegun(shared, Outcome::Superseded, newer);
-                return None;
-            }
-            if is_busy {
-                let reason = "the one before it is being stopped".to_owned();
-                events.append(EventKind::Waiting { reason });
-            }
-            Some(request)
-        }
-        request => Some(request),
-    }
-}
-
-/// Notes a scan's number; gives the push of a newer scan of the same checkout, if there was one.
-fn newer_scan(
-    newest: &mut HashMap<CheckoutId, (u64, PushId)>,
-    preamble: &Preamble,
-    id: PushId,
-) -> Option<PushId> {
-    let this = (preamble.sequence, id);
-    let seen = newest.entry(preamble.checkout).or_insert(this);
-    if this.0 < seen.0 {
-        return Some(seen.1);
-    }
-    *seen = this;
-    None
-}
-
-/// Whether a push starts from `tree`, or brings a whole one.
-fn fits_on(received: &Received, tree: TreeDigest) -> bool {
-    let base = received.preamble.as_ref().map(|preamble| preamble.base);
-    base.is_none_or(|base| base == tree || base == Manifest::default().tree_digest())
-}
-
-impl Request {
-    /// The push, or other exchange with events of its own.
-    fn push_id(&self) -> Option<PushId> {
-        match self {
-            Self::Push { id, .. } | Self::Rollback { id, .. } | Self::Restart { id, .. } => {
-                Some(*id)
-            }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => None,
         }
     }
 
-    /// Ends a request that was never begun.
-    fn end_unbegun(self, shared: &Shared, outcome: Outcome, newer: Option<PushId>) {
-        let (id, tree, mut answer): (_, _, Answer) = match self {
-            Self::Push {
-                id,
-                received,
-                answer,
-                ..
-            } => (id, received.target.tree_digest(), answer),
-            Self::Rollback { id, answer, .. } | Self::Restart { id, answer, .. } => {
-                (id, shared.status().tree, answer.into())
-            }
-            Self::Cancel { .. } | Self::MakeRoom { .. } | Self::Start | Self::Stop { .. } => return,
-        };
-        let events = shared.start_push(id);
-        events.append(EventKind::Finished(Report {
-            outcome,
-            tree,
-            generation: shared.status().generation,
-            reason: newer.map(|_| "a newer push came first".to_owned()),
-            hint: None,
-            superseded_by: newer,
-            timings_ms: Timings::default(),
-        }));
-        events.finish();
-        answer.give(Ok(events));
-    }
-}
-
-/// Does one thing at a time, with everything that the agent owns.
-struct Worker {
-    tree: Tree,
-    generations: Generations,
-    service: Service,
-    shared: Arc<Shared>,
-    environment: Vec<(OsString, OsString)>,
-    hand_over: Option<Box<AppSpec>>,
-    toolchain: Toolchain,
-    /// How long to wait before what served last is started again, if it did not start.
-    start_pause: Option<Duration>,
-}
-
-/// One exchange under way: where its events go, and what its report will say.
-struct Exchange<'s> {
-    events: Events,
-    id: PushId,
-    by: String,
-    tree: TreeDigest,
-    started: Instant,
-    timings: Timings,
-    stop: &'s Stop,
-}
-
-/// How an exchange ends, before it is dressed up as a report.
-struct Ending {
-    outcome: Outcome,
-    reason: Option<String>,
-    hint: Option<String>,
-}
-
-impl Ending {
-    fn of(outcome: Outcome) -> Self {
-        Self {
-            outcome,
-            reason: None,
-            hint: None,
+    /// Finishes what an earlier failure interrupted, so that a push is let in against the tree that really lies here.
+    pub(crate) fn recover(&mut self) {
+        let before = self.tree.digest();
+        if let Err(error) = self.tree.recover() {
+            tracing::warn!("the tree cannot be made whole yet: {error:#}");
+        }
+        if self.tree.digest() != before {
+            self.shared
+                .set_tree(self.tree.manifest(), self.tree.digest());
         }
     }
 
-    fn because(outcome: Outcome, reason: impl Into<String>) -> Self {
-        Self {
-            outcome,
-            reason: Some(reason.into()),
-            hint: None,
-        }
-    }
-}
-
-impl Exchange<'_> {
-    fn tell(&self, event: EventKind) {
-        self.events.append(event);
-    }
-
-    fn warn(&self, text: String, hint: Option<String>) {
-        self.tell(EventKind::Warning { text, hint });
-    }
-
-    /// The end of work that was stopped.
-    fn stopped(&self) -> Ending {
-        match self.stop.superseded_by.get() {
-            Some(_) => Ending::because(Outcome::Superseded, "a newer push took its place"),
-            None if self.stop.shutdown.is_cancelled() => {
-                Ending::because(Outcome::Cancelled, "the agent was told to end")
-            }
-            None => Ending::of(Outcome::Cancelled),
-        }
-    }
-}
-
-impl Worker {
     /// Serves what served when the agent ended, or what the image was built with.
     async fn start_last(&mut self, stop: &Stop) {
         let last = self.generations.serving().cloned();
@@ -500,7 +118,7 @@ impl Worker {
     }
 
     /// Carries one request to its end.
-    async fn take(&mut self, request: Request, stop: &Stop) {
+    pub(crate) async fn take(&mut self, request: Request, stop: &Stop) {
         match request {
             Request::Start => self.start_last(stop).await,
             Request::Push {
@@ -542,9 +160,6 @@ impl Worker {
 
     async fn take_push(&mut self, id: PushId, received: Received, by: String, stop: &Stop) {
         fault_point!("staged");
-        let recovered = self.tree.recover();
-        self.shared
-            .set_tree(self.tree.manifest(), self.tree.digest());
         let mut exchange = self.begin(id, by, received.target.tree_digest(), stop);
         if !fits_on(&received, self.tree.digest()) {
             return self.end(
@@ -556,7 +171,7 @@ impl Worker {
                 },
             );
         }
-        let ending = match recovered {
+        let ending = match self.tree.recover() {
             Ok(()) => self.push(&mut exchange, received).await,
             Err(error) => Err(error.context("the tree is not whole since an earlier failure")),
         };
@@ -822,7 +437,7 @@ impl Worker {
                         hint,
                         output,
                     } => {
-                        show_output(exchange, &output);
+                        exchange.show_output(&output);
                         Ending {
                             outcome: Outcome::NotReady,
                             reason: Some(reason),
@@ -856,12 +471,6 @@ impl Worker {
             return ending;
         }
         let hint = self.make_room();
-        // What is found now need not stop the next push, which starts from the tree that lies here.
-        if let Err(error) = self.tree.recover() {
-            tracing::warn!("the tree cannot be made whole yet: {error:#}");
-        }
-        self.shared
-            .set_tree(self.tree.manifest(), self.tree.digest());
         Ending {
             hint: Some(hint),
             ..ending
@@ -1016,15 +625,6 @@ impl Worker {
     }
 }
 
-fn show_output(exchange: &Exchange<'_>, output: &[OutputLine]) {
-    for line in &output[output.len().saturating_sub(SHOWN_OUTPUT)..] {
-        exchange.tell(EventKind::App {
-            stream: line.stream,
-            text: line.text.clone(),
-        });
-    }
-}
-
 /// What to do if cargo could not get a crate, as where the agent has no network.
 fn missing_crate_hint(error: &str) -> Option<String> {
     let signs = [
@@ -1040,31 +640,4 @@ fn missing_crate_hint(error: &str) -> Option<String> {
         .any(|sign| error.to_ascii_lowercase().contains(sign));
     let hint = "give the agent a network for crates it does not have, or build its image anew";
     is_missing.then(|| hint.to_owned())
-}
-
-/// A build's lines go to its own log, and with everything else to the push's events.
-struct Tee<'a> {
-    events: &'a Events,
-    log: &'a Log,
-}
-
-impl BuildLog for Tee<'_> {
-    fn tell(&self, event: EventKind) {
-        match &event {
-            EventKind::Progress { .. } => return self.events.show(event),
-            EventKind::Log { text } | EventKind::Warning { text, .. } => {
-                self.log.append(text.clone())
-            }
-            _ => {}
-        }
-        self.events.append(event);
-    }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn millis_since(start: Instant) -> u64 {
-    millis(start.elapsed())
 }

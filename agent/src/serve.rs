@@ -23,21 +23,20 @@ use crate::{
     Workspace,
     app::AppSpec,
     authorize::Gate,
-    child, control,
-    deploy::{Deployer, End},
-    front,
+    child, control, front,
     layout::Layout,
     output::Output,
     platform,
     proxy::Proxy,
     publish::Generations,
+    queue::{Deployer, End},
     service::Service,
     shared::Shared,
     tree::Tree,
     uploads::Uploads,
 };
 
-/// How long answers under way may take once everything else has ended.
+/// How long answers under way may take once everything else has ended; by the clock, like all of the end.
 const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// How often the workspace's lock is tried: some seconds, in which a machine with too much to do starts a process.

@@ -148,6 +148,7 @@ pub(crate) async fn ensure(
     }
     let files = Files::of(here, place);
     let _lock = files.lock().await?;
+    let last_port = files.announced().map(|announced| announced.port);
     if let Some(announced) = files.announced() {
         let agent = announced.agent(here, place, service::key(here, key)?)?;
         match answers(&agent).await {
@@ -171,7 +172,9 @@ pub(crate) async fn ensure(
         wait_for_end(announced.pid, &agent).await?;
         let _ = fs::remove_file(&files.announced);
     }
-    let port = port.unwrap_or(DEFAULT_PORT);
+    // Where the last one was, so that an address that is open in a browser stays good.
+    let last_port = last_port.filter(|port| !is_taken(*port));
+    let port = port.or(last_port).unwrap_or(DEFAULT_PORT);
     if is_taken(port) {
         return Err(taken(here, place, port));
     }

@@ -318,3 +318,43 @@ fn an_agent_without_a_key_does_not_start() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("rrun key"));
 }
+
+#[test]
+fn curl_follows_a_build_while_it_runs() {
+    let laptop = Laptop::new();
+    let agent = Agent::new(&[&laptop]);
+    let project = Project::new();
+    let folder = tempfile::tempdir().unwrap();
+    let gate = folder.path().join("open");
+    let script = format!(
+        "fn main() {{\n    while !std::path::Path::new({:?}).exists() {{\n        std::thread::yield_now();\n    }}\n}}\n",
+        gate.to_str().unwrap()
+    );
+    project.write("build.rs", &script);
+    let mut push = laptop.start_push(&project, &agent, &[]);
+    push.wait_for("log");
+    let path = "/_rrun/builds/latest/log";
+    let signature = sign(&laptop.private_key(), agent.boot(), "GET", path, "", b"", 0);
+    let mut curl = Command::new("curl")
+        .args([
+            "-sSN",
+            "-H",
+            &format!("rrun-signature: {signature}"),
+            &format!("{}{path}", agent.url()),
+        ])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(curl.stdout.take().unwrap()));
+    let first = lines.next().unwrap().unwrap();
+    assert!(first.contains("Compiling"), "{first}");
+    assert!(
+        curl.try_wait().unwrap().is_none(),
+        "it goes on until the build ends"
+    );
+    fs::write(&gate, "").unwrap();
+    let last = lines.last().unwrap().unwrap();
+    assert!(last.contains("Finished"), "{last}");
+    assert!(curl.wait().unwrap().success());
+    assert_eq!(push.end().outcome(), "live");
+}

@@ -18,6 +18,7 @@ fn exec_makes_the_agent_s_process_the_app_on_the_public_port() {
         "{}",
         pushed.stdout
     );
+    assert_eq!(pushed.number("generation"), 2);
     wait_for("the app on the public port", || {
         agent.get("/").body == "two"
     });

@@ -233,3 +233,63 @@ fn a_failure_after_a_cancelled_build_is_built_once_more_from_clean() {
         "{warning}"
     );
 }
+
+/// A build script that leaves a process which no polite signal ends.
+#[test]
+fn ctrl_c_on_a_push_that_waits_for_the_one_before_cancels_it() {
+    let laptop = Laptop::new();
+    let agent = Agent::new(&[&laptop]);
+    let project = Project::new();
+    laptop.push_live(&project, &agent);
+    let gate = Gate::new(&project);
+    let stubborn = "fn main() {\n    let _ = std::process::Command::new(\"sh\").args([\"-c\", \"trap '' INT TERM; while :; do sleep 0.05; done\"]).status();\n";
+    project.replace("build.rs", "fn main() {\n", stubborn);
+    project.answer("two");
+    let mut older = laptop.start_push(&project, &agent, &[]);
+    older.wait_for("building");
+    project.answer("three");
+    let mut newer = laptop.start_push(&project, &agent, &[]);
+    newer.wait_for("waiting");
+    let process = Pid::from_raw(newer.process().cast_signed()).unwrap();
+    kill_process(process, Signal::INT).unwrap();
+    let newer = newer.end();
+    assert_eq!(
+        (newer.code, newer.outcome().as_str()),
+        (130, "cancelled"),
+        "{}",
+        newer.stdout
+    );
+    assert_eq!(older.end().outcome(), "superseded");
+    assert_eq!(agent.get("/").body, "one");
+    drop(gate);
+}
+
+#[test]
+fn a_stop_does_not_wait_for_an_open_event_stream() {
+    let laptop = Laptop::new();
+    let mut agent = Agent::new(&[&laptop]);
+    let project = Project::new();
+    let endless = "stream.write_all(b\"HTTP/1.1 200 OK\\r\\ncontent-type: text/event-stream\\r\\n\\r\\ndata: 1\\n\\n\").ok()?;\n        loop { std::thread::park(); }\n        #[allow(unreachable_code)]\n        let answer = answer();";
+    project.write(
+        "src/main.rs",
+        &crate::harness::MAIN.replace("let answer = answer();", endless),
+    );
+    laptop.push_live(&project, &agent);
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", agent.port)).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    std::io::Read::read_exact(&mut stream, &mut [0; 64]).unwrap();
+    let started = std::time::Instant::now();
+    let url = agent.url();
+    assert_eq!(
+        laptop.run(&project.folder, &["stop", "--url", &url]).code,
+        0
+    );
+    let limit = std::time::Duration::from_secs(15);
+    assert!(
+        started.elapsed() < limit,
+        "the stream's own limit is five minutes"
+    );
+    assert_eq!(agent.status(&laptop)["state"], "nothing");
+    assert_eq!(agent.get("/").status, 503);
+    agent.stop();
+}

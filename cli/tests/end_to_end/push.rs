@@ -78,8 +78,10 @@ fn no_file_time_makes_a_stale_binary() {
     ] {
         project.answer(answer);
         set_file_mtime(project.path("src/main.rs"), time).unwrap();
-        laptop.push_live(&project, &agent);
+        let pushed = laptop.push_live(&project, &agent);
         assert_eq!(agent.get("/").body, answer);
+        let warning = pushed.event("warning");
+        assert!(warning.is_none(), "cargo saw it by itself: {warning:?}");
     }
 }
 
@@ -418,4 +420,121 @@ fn assets_belong_to_their_generation() {
         0
     );
     assert_eq!(agent.get("/").body, "old page");
+}
+
+/// Cargo's own message says nothing of whether a build script ran.
+#[test]
+fn the_guard_catches_a_build_script_that_did_not_run_again() {
+    let (laptop, project, agent) = setting();
+    project.write(
+        "build.rs",
+        "fn main() {\n    println!(\"cargo:rerun-if-changed=answer.txt\");\n    let answer = std::fs::read_to_string(\"answer.txt\").unwrap();\n    println!(\"cargo:rustc-env=ANSWER={answer}\");\n}\n",
+    );
+    project.write("answer.txt", "first");
+    let source = MAIN.replace("ANSWER.to_owned()", "env!(\"ANSWER\").to_owned()");
+    project.write("src/main.rs", &source);
+    laptop.push_live(&project, &agent);
+    assert_eq!(agent.get("/").body, "first");
+    let future = SystemTime::now() + Duration::from_secs(1000 * 24 * 3600);
+    let scripts = fs::read_dir(agent.workspace().join("target/debug/build")).unwrap();
+    let outputs = scripts.map(|script| script.unwrap().path().join("output"));
+    for output in outputs.filter(|output| output.exists()) {
+        set_file_mtime(&output, FileTime::from_system_time(future)).unwrap();
+    }
+    project.write("answer.txt", "second");
+    let pushed = laptop.push_live(&project, &agent);
+    assert_eq!(agent.get("/").body, "second");
+    let warning = pushed.event("warning").expect("the guard says what it did");
+    assert!(
+        warning["text"].as_str().unwrap().contains("answer.txt"),
+        "{warning}"
+    );
+    // In order, it says nothing, also where the script rightly does not run.
+    project.write("answer.txt", "third");
+    assert!(
+        laptop
+            .push_live(&project, &agent)
+            .event("warning")
+            .is_none()
+    );
+    assert_eq!(agent.get("/").body, "third");
+    project.write("src/main.rs", &(source + "// edited\n"));
+    assert!(
+        laptop
+            .push_live(&project, &agent)
+            .event("warning")
+            .is_none()
+    );
+}
+
+#[test]
+fn a_rollback_that_does_not_get_ready_keeps_the_version_for_another_try() {
+    let (laptop, project, agent) = setting();
+    let switch = tempfile::NamedTempFile::new().unwrap();
+    let needs = format!(
+        "assert!(std::path::Path::new({:?}).exists(), \"no database\");\n    let port =",
+        switch.path()
+    );
+    project.write("src/main.rs", &MAIN.replace("let port =", &needs));
+    laptop.push_live(&project, &agent);
+    project.answer("two");
+    laptop.push_live(&project, &agent);
+    let url = agent.url();
+    let rollback = || laptop.run(&project.folder, &["rollback", "--url", &url]);
+    let away = switch.path().with_extension("away");
+    fs::rename(switch.path(), &away).unwrap();
+    assert_eq!(rollback().code, 4);
+    assert_eq!(agent.get("/").body, "two");
+    fs::rename(&away, switch.path()).unwrap();
+    assert_eq!(rollback().code, 0);
+    assert_eq!(agent.get("/").body, "one");
+    // The tree on the agent is the last pushed one all the same: an edit goes up in one round trip.
+    project.answer("three");
+    assert_eq!(laptop.push_live(&project, &agent).number("round_trips"), 1);
+}
+
+#[test]
+fn what_served_last_is_started_again_until_it_starts() {
+    let (laptop, project, mut agent) = setting();
+    let switch = tempfile::NamedTempFile::new().unwrap();
+    let needs = format!(
+        "assert!(std::path::Path::new({:?}).exists(), \"no database\");\n    let port =",
+        switch.path()
+    );
+    project.write("src/main.rs", &MAIN.replace("let port =", &needs));
+    laptop.push_live(&project, &agent);
+    let away = switch.path().with_extension("away");
+    fs::rename(switch.path(), &away).unwrap();
+    agent.restart(|_| {});
+    wait_for("the page that says why", || {
+        agent.get("/").body.contains("generation 1 does not start")
+    });
+    fs::rename(&away, switch.path()).unwrap();
+    wait_for("the app", || agent.get("/").body == "one");
+}
+
+#[test]
+fn warm_leaves_what_a_push_would_have_left() {
+    let (laptop, project) = (Laptop::new(), Project::new());
+    let mut agent = Agent::new(&[&laptop]);
+    agent.restart(|workspace| {
+        fs::remove_dir_all(workspace).unwrap();
+        let tree = workspace.join("tree");
+        fs::create_dir_all(tree.join("src")).unwrap();
+        for file in ["Cargo.toml", "Cargo.lock", "src/main.rs"] {
+            fs::copy(project.path(file), tree.join(file)).unwrap();
+        }
+        let workspace = workspace.to_str().unwrap();
+        let warmed = laptop.run(&tree, &["agent", "warm", "--workspace", workspace]);
+        assert_eq!(warmed.code, 0, "{warmed:?}");
+        assert!(warmed.stderr.contains("Compiling"), "{warmed:?}");
+    });
+    wait_for("the image's own build", || agent.get("/").body == "one");
+    // Another laptop's file times mean nothing, and the recipe is the same: nothing is built.
+    let first = laptop.push(&project, &agent, &[]);
+    assert_eq!(first.outcome(), "unchanged", "{}", first.stdout);
+    project.answer("two");
+    let built = laptop.push_live(&project, &agent).event("built").unwrap();
+    assert_eq!(built["compiled"].as_u64(), Some(1), "{built}");
+    assert_eq!(agent.get("/").body, "two");
 }
