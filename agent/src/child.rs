@@ -27,7 +27,6 @@ use tokio::{
 };
 
 use crate::{
-    clock::running_timeout,
     layout::Layout,
     platform::{self, Descendant},
 };
@@ -127,7 +126,10 @@ impl Started {
         }
         platform::signal_group(self.process, first);
         known.iter().for_each(|descendant| descendant.send(first));
-        let _ = running_timeout(grace, self.ended(&known)).await.is_ok();
+        // By the clock: a container that was frozen meanwhile kills them sooner, which is only less tidy.
+        let _ = tokio::time::timeout(grace, self.ended(&known))
+            .await
+            .is_ok();
         // Again and again, even if all is gone by then: what was just being started was not listed yet.
         loop {
             self.kill(&known);

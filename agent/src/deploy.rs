@@ -108,6 +108,8 @@ impl Worker {
                 self.start_pause = Some((pause * 2).min(LONGEST_START_PAUSE));
             }
         }
+        // The compiler may take a while to say which it is; what serves is known by now.
+        self.show();
         let manifest = self.tree.manifest();
         let asked = self
             .toolchain

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::AppSpec,
-    clock::{running_sleep, running_timeout},
+    clock::running_sleep,
     deploy::Worker,
     exchange::Stop,
     publish::Generations,
@@ -36,7 +36,7 @@ const MAX_CANCELLED: usize = 64;
 /// Checkouts whose newest scan is remembered. A team has some dozens; forgetting them only lets a late push in.
 const MAX_CHECKOUTS: usize = 1024;
 
-/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s.
+/// How long the apps may take to end when the agent does. Cloud Run kills after 10 s by the clock, so this is no running time.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(8);
 /// How much of that work under way may take first: a build's grace, and what killing it takes.
 const WORK_END_LIMIT: Duration = Duration::from_secs(3);
@@ -216,7 +216,7 @@ impl Deployer {
                             stop.token.cancel();
                             limit -= WORK_END_LIMIT;
                             // Dropped if it takes longer: what it started goes with it.
-                            let _ = running_timeout(WORK_END_LIMIT, &mut work).await.is_ok();
+                            let _ = tokio::time::timeout(WORK_END_LIMIT, &mut work).await.is_ok();
                             break;
                         }
                         Some(arrived) = mailbox.recv() => arrived,

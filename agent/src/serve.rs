@@ -23,9 +23,7 @@ use crate::{
     Workspace,
     app::AppSpec,
     authorize::Gate,
-    child,
-    clock::running_timeout,
-    control, front,
+    child, control, front,
     layout::Layout,
     output::Output,
     platform,
@@ -38,8 +36,13 @@ use crate::{
     uploads::Uploads,
 };
 
-/// How long answers under way may take once everything else has ended.
+/// How long answers under way may take once everything else has ended; by the clock, like all of the end.
 const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often the workspace's lock is tried: some seconds, in which a machine with too much to do starts a process.
+const LOCK_TRIES: u32 = 500;
+/// Pause between these tries.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// What `serve` is told.
 #[derive(Args, Debug)]
@@ -74,7 +77,7 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     tokio::spawn(stop_at_signal(stop.clone())?);
     let layout = Layout::create(&arguments.workspace.folder)?;
-    let _lock = lock(&layout)?;
+    let _lock = lock(&layout).await?;
     tokio::spawn(child::reap_orphans());
     child::end_leftovers(&layout).await?;
     let address = SocketAddr::new(arguments.bind, arguments.port);
@@ -130,7 +133,7 @@ pub(crate) async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     };
     close.cancel();
     // Who follows a log would keep its connection for ever.
-    let _ = running_timeout(LAST_ANSWERS_LIMIT, front).await;
+    let _ = tokio::time::timeout(LAST_ANSWERS_LIMIT, front).await;
     // Whatever took longer than its limit.
     let _ = tokio::task::spawn_blocking(child::kill_rest).await.is_ok();
     match end {
@@ -158,17 +161,29 @@ fn authorized_keys(arguments: &Arguments) -> anyhow::Result<Vec<PublicKey>> {
 }
 
 /// Two agents in one workspace would build over each other.
-fn lock(layout: &Layout) -> anyhow::Result<fs::File> {
+///
+/// An agent that was killed may hold the lock a little longer: through a process that it was starting, which has its files
+/// until it executes. Once the lock is free, everything that agent started shows what it is.
+async fn lock(layout: &Layout) -> anyhow::Result<fs::File> {
     let path = layout.state("lock");
     let file =
         fs::File::create(&path).with_context(|| format!("cannot open `{}`", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => bail!(
-            "another agent works in this workspace: `{}` is locked",
-            path.display()
-        ),
-        Err(fs::TryLockError::Error(error)) => Err(error).context("cannot lock the workspace"),
+    let mut tries = 0;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) if tries < LOCK_TRIES => {
+                tries += 1;
+                tokio::time::sleep(LOCK_PAUSE).await;
+            }
+            Err(fs::TryLockError::WouldBlock) => bail!(
+                "another agent works in this workspace: `{}` is locked",
+                path.display()
+            ),
+            Err(fs::TryLockError::Error(error)) => {
+                return Err(error).context("cannot lock the workspace");
+            }
+        }
     }
 }
 

@@ -341,10 +341,10 @@ impl Lane {
             "{served} instead of {expected:?}"
         );
         let serving_tree = serde_json::to_value(self.trees[&served]).unwrap();
-        assert_eq!(
-            self.agent.status(&self.laptop)["serving_tree"],
-            serving_tree
-        );
+        // The answer comes first, the status a moment later.
+        wait_for("the status to name the tree that serves", || {
+            self.agent.status(&self.laptop)["serving_tree"] == serving_tree
+        });
 
         self.tally.kills += 1;
         *if tree == new_tree.tree_digest() {
