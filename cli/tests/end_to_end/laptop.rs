@@ -115,6 +115,29 @@ fn one_command_starts_an_agent_and_the_next_one_finds_it() {
 }
 
 #[test]
+fn an_agent_of_another_version_is_replaced() {
+    let (laptop, project) = (Laptop::new(), Project::new());
+    let local = Local::new(&laptop, &project);
+    assert_eq!(local.push(&[]).code, 0);
+    let states = std::path::Path::new(&laptop.environment["XDG_STATE_HOME"]).join("rrun");
+    let announced = fs::read_dir(states).unwrap().flatten();
+    let mut announced = announced.map(|folder| folder.path().join("agent.json"));
+    let announced = announced.find(|file| file.exists()).unwrap();
+    let text = fs::read_to_string(&announced).unwrap();
+    let before: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let version = before["version"].as_str().unwrap();
+    fs::write(&announced, text.replace(version, "0.0.0-old")).unwrap();
+    project.answer("two");
+    let pushed = local.push(&[]);
+    assert_eq!(pushed.code, 0, "{pushed:?}");
+    assert!(pushed.stderr.contains("0.0.0-old"), "{pushed:?}");
+    assert_eq!(local.get(), "two");
+    let after: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(&announced).unwrap()).unwrap();
+    assert_ne!(before["pid"], after["pid"]);
+}
+
+#[test]
 fn a_port_that_something_else_has_is_named_and_another_one_offered() {
     let (laptop, project) = (Laptop::new(), Project::new());
     let (_listener, port) = taken_port();
