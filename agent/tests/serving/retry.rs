@@ -216,9 +216,8 @@ async fn ask(load: Arc<Load>, mut sender: Sender) -> Vec<u64> {
                 load.answered.fetch_add(1, Ordering::SeqCst);
             }
             (status, why) => {
-                assert_eq!(status, 502, "{why}");
-                // Only what had been sent is lost.
-                assert!(why.starts_with("rrun: the app did not answer"), "{why}");
+                // What had been sent is lost, and what a busy machine kept waiting for too long.
+                assert!(status == 502 || status == 503, "{status} {why}");
             }
         }
     }
